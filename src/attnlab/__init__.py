@@ -1,0 +1,1 @@
+"""attnlab: attention mechanisms under one contract."""

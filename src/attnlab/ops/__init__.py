@@ -1,0 +1,1 @@
+"""Functional kernels on ``(batch, heads, tokens, head_dim)`` tensors, a folder an op, a file a backend."""
