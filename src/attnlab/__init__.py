@@ -1,1 +1,64 @@
-"""attnlab: attention mechanisms under one contract."""
+"""attnlab: attention mechanisms under one contract, each proven against its definition, fast on CPU and GPU, comparable.
+
+import attnlab
+
+mixer = attnlab.create_mixer("delta_net", dim=256, num_heads=4, causal=True)
+attnlab.list_mixers(causal=True, streaming=True)
+attnlab.check(mixer)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from attnlab.core.catalog import create_mixer, list_mixers, mixer_info, mixers
+from attnlab.core.contract import Mixer, StreamingMixer
+from attnlab.core.errors import AttnlabError, BackendUnavailableError, UnknownNameError, UnsupportedError
+from attnlab.core.info import Info, MixerInfo, Supports
+from attnlab.core.record import record
+from attnlab.core.registry import Registry
+from attnlab.core.state import State
+from attnlab.core.tokens import Tokens
+
+if TYPE_CHECKING:
+    from attnlab.checking import check
+    from attnlab.ops.backends import explain_backend, use_backend
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "check": "attnlab.checking",
+    "explain_backend": "attnlab.ops.backends",
+    "use_backend": "attnlab.ops.backends",
+}
+
+__all__ = [
+    "AttnlabError",
+    "BackendUnavailableError",
+    "Info",
+    "Mixer",
+    "MixerInfo",
+    "Registry",
+    "State",
+    "StreamingMixer",
+    "Supports",
+    "Tokens",
+    "UnknownNameError",
+    "UnsupportedError",
+    "check",
+    "create_mixer",
+    "explain_backend",
+    "list_mixers",
+    "mixer_info",
+    "mixers",
+    "record",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Names that cost an import are loaded when first used."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'attnlab' has no attribute {name!r}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from attnlab.core.errors import BackendUnavailableError, UnknownNameError, nearest
 
 BACKENDS = ("auto", "reference", "eager", "triton")
+_OPS: dict[str, Op] = {}
+_preferred: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,15 @@ class Op:
     implementations: Mapping[str, Callable[..., Any] | str]
     limits: Mapping[str, Callable[[Tensor], str | None]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _OPS[self.name] = self
+
     def explain(self, backend: str, sample: Tensor) -> Choice:
         """The choice for an input like ``sample``; raises where an explicit ``backend`` cannot be honoured."""
         if backend not in BACKENDS:
             raise UnknownNameError(f"backend: expected one of {BACKENDS}, got {backend!r}{nearest(backend, BACKENDS)}")
+        if backend == "auto" and _preferred:
+            backend = _preferred[-1]
         if backend != "auto":
             if backend not in self.implementations:
                 have = ", ".join(self.implementations)
@@ -71,3 +79,29 @@ class Op:
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums run: float32 for half precisions, otherwise ``dtype`` itself."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Inside the block every op called with ``backend="auto"`` takes ``backend``, and raises where it cannot.
+
+    with attnlab.use_backend("reference"):
+        expected = mixer(x)
+    """
+    if backend not in BACKENDS:
+        raise UnknownNameError(f"backend: expected one of {BACKENDS}, got {backend!r}{nearest(backend, BACKENDS)}")
+    _preferred.append(backend)
+    try:
+        yield
+    finally:
+        _preferred.pop()
+
+
+def explain_backend(op: str, sample: Tensor, backend: str = "auto") -> Choice:
+    """Which backend the op called ``op`` takes for an input like ``sample``, and why."""
+    if op not in _OPS:
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(f"attnlab.ops.{op}")
+    if op not in _OPS:
+        raise UnknownNameError(f"unknown op {op!r}{nearest(op, _OPS) or f'; known: {sorted(_OPS)}'}")
+    return _OPS[op].explain(backend, sample)

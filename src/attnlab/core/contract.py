@@ -1,0 +1,292 @@
+"""The contract of a token mixer: validation and the laws that hold for all stand here, the mechanism in the subclass."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from attnlab.core.catalog import alternatives
+from attnlab.core.errors import UnsupportedError
+from attnlab.core.grid import Grid, resolve_grid
+from attnlab.core.info import MixerInfo, Supports
+from attnlab.core.masks import check_mask, check_pair_mask, zero_masked
+from attnlab.core.record import emit, recording
+from attnlab.core.state import State
+
+
+class Mixer(nn.Module):
+    """A token mixer: tokens (batch, n, dim) in, tokens of the same shape out.
+
+    A subclass implements `mix`, and `matrix` where it promises a mixing matrix. `forward` validates, refuses what
+    ``info.supports`` does not promise, zeroes what stands at masked tokens before anything reads it, and zeroes the output there.
+
+    Args:
+        dim: width of the tokens.
+        num_heads: heads, a divisor of ``dim``.
+        causal: output t depends on inputs 0..t alone.
+
+    Raises:
+        ValueError: if ``dim`` or ``num_heads`` is not positive, or ``num_heads`` does not divide ``dim``.
+        UnsupportedError: if the mechanism has no such causality.
+    """
+
+    info: ClassVar[MixerInfo]
+
+    def __init__(self, dim: int, num_heads: int = 8, *, causal: bool = False) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("num_heads", num_heads)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}: expected an integer, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value}")
+        if dim % num_heads:
+            divisors = [h for h in range(1, dim + 1) if dim % h == 0]
+            raise ValueError(
+                f"dim: expected a multiple of num_heads={num_heads}, got {dim}; num_heads could be one of {divisors}"
+            )
+        if not isinstance(causal, bool):
+            raise TypeError(f"causal: expected True or False, got {causal!r}")
+        have = self.supports.causal
+        if causal and have == "no":
+            raise self._refusal("causal=True", "its definition reads the future", causal=True)
+        if not causal and have == "always":
+            raise self._refusal("causal=False", "it has no other form than the causal one", causal="optional")
+        self.dim, self.num_heads, self.causal = dim, num_heads, causal
+
+    @property
+    def supports(self) -> Supports:
+        """The promises of this mixer."""
+        return self.info.supports
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m c2"] | None = None,
+        *,
+        mask: Bool[Tensor, "b n"] | None = None,
+        context_mask: Bool[Tensor, "b m"] | None = None,
+        pair_mask: Bool[Tensor, "#b #h n m"] | None = None,
+        grid: Grid | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        """Mix the tokens.
+
+        Args:
+            x: tokens, (batch, n, dim), n >= 1.
+            context: where keys and values come from, (batch, m, context width); None means ``x``.
+            mask: (batch, n), True marks a real token; the output is exactly 0 at the others.
+            context_mask: (batch, m), the same for ``context``.
+            pair_mask: (batch or 1, heads or 1, n, m), True: this query may use this key.
+            grid: the sides of ``x``'s grid, row-major, product n; None is a sequence.
+
+        Raises:
+            TypeError: for a wrong dtype.
+            ValueError: for a wrong shape or device.
+            UnsupportedError: for what ``info.supports`` does not promise.
+        """
+        grid = self._validate(x, context, mask, context_mask, pair_mask, grid)
+        x, context = zero_masked(x, mask), None if context is None else zero_masked(context, context_mask)
+        y = self.mix(x, context, mask=mask, context_mask=context_mask, pair_mask=pair_mask, grid=grid)
+        return zero_masked(y, mask)
+
+    def mixing_matrix(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m c2"] | None = None,
+        *,
+        mask: Bool[Tensor, "b n"] | None = None,
+        context_mask: Bool[Tensor, "b m"] | None = None,
+        pair_mask: Bool[Tensor, "#b #h n m"] | None = None,
+        grid: Grid | None = None,
+    ) -> Float[Tensor, "b h n m"]:
+        """What multiplies the values: row i holds the weights of all keys for query i. Arguments as for `forward`."""
+        if not self.supports.mixing_matrix:
+            raise self._refusal("mixing_matrix", "no matrix between tokens multiplies its values", mixing_matrix=True)
+        grid = self._validate(x, context, mask, context_mask, pair_mask, grid)
+        x, context = zero_masked(x, mask), None if context is None else zero_masked(context, context_mask)
+        matrix = self.matrix(x, context, mask=mask, context_mask=context_mask, pair_mask=pair_mask, grid=grid)
+        return matrix if mask is None else matrix.masked_fill(~mask[:, None, :, None], 0.0)
+
+    def init_state(self, batch_size: int) -> State:
+        """The state before the first token; streaming mixers override this."""
+        raise self._refusal("streaming", "it defines no state", streaming=True)
+
+    def extend(
+        self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None = None
+    ) -> tuple[Float[Tensor, "b n c"], State]:
+        """Process the next n >= 1 tokens; streaming mixers override this."""
+        raise self._refusal("streaming", "it defines no state", streaming=True)
+
+    def mix(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m c2"] | None,
+        *,
+        mask: Bool[Tensor, "b n"] | None,
+        context_mask: Bool[Tensor, "b m"] | None,
+        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        grid: Grid,
+    ) -> Float[Tensor, "b n c"]:
+        """The mechanism on validated input, zero at masked tokens; ``grid`` is resolved. Subclasses implement this."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract: implement mix")
+
+    def matrix(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m c2"] | None,
+        *,
+        mask: Bool[Tensor, "b n"] | None,
+        context_mask: Bool[Tensor, "b m"] | None,
+        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        grid: Grid,
+    ) -> Float[Tensor, "b h n m"]:
+        """`mixing_matrix` on validated input. Subclasses that promise one implement this."""
+        raise NotImplementedError(f"{type(self).__name__} promises a mixing matrix: implement matrix")
+
+    def emit(self, name: str, value: Tensor) -> None:
+        """Hand ``value`` to an open `attnlab.record`, under this module's path."""
+        if recording():
+            emit(self, name, value)
+
+    def _refusal(self, asked: str, why: str, **wanted: object) -> UnsupportedError:
+        return UnsupportedError(self.info.name, asked, why, alternatives(self.info, **wanted))
+
+    def _validate(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        mask: Tensor | None,
+        context_mask: Tensor | None,
+        pair_mask: Tensor | None,
+        grid: Grid | None,
+    ) -> Grid:
+        supports = self.supports
+        self._check_tokens("x", x, self.dim)
+        batch, n = x.shape[:2]
+        if context is not None:
+            if not supports.cross:
+                raise self._refusal("context", "keys and values come from x itself", cross=True)
+            if self.causal:
+                raise self._refusal("context with causal=True", "two sequences have no common order")
+            self._check_tokens("context", context, self.context_dim)
+            if context.shape[0] != batch:
+                raise ValueError(f"context: expected batch size {batch} as in x, got {context.shape[0]}")
+        elif context_mask is not None:
+            raise ValueError("context_mask: expected None without context; the mask of x is `mask`")
+        m = n if context is None else context.shape[1]
+        if mask is not None and not supports.mask:
+            raise self._refusal("mask", "it cannot leave tokens out", mask=True)
+        if pair_mask is not None and not supports.pair_mask:
+            raise self._refusal("pair_mask", "it does not form pairs of query and key", pair_mask=True)
+        check_mask("mask", mask, (batch, n))
+        check_mask("context_mask", context_mask, (batch, m))
+        check_pair_mask(pair_mask, (batch, self.num_heads, n, m))
+        resolved = resolve_grid(grid, n)
+        if len(resolved) not in supports.grid:
+            raise self._refusal(f"a grid of rank {len(resolved)}", f"its ranks are {sorted(supports.grid)}", grid=len(resolved))
+        return resolved
+
+    @property
+    def context_dim(self) -> int:
+        """Width that ``context`` must have."""
+        return self.dim
+
+    def _check_tokens(self, name: str, x: Tensor, width: int) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor (batch, tokens, {width}), got {type(x).__name__}")
+        if x.dim() != 3:
+            raise ValueError(f"{name}: expected 3 dimensions (batch, tokens, {width}), got shape {tuple(x.shape)}")
+        if x.shape[2] != width:
+            raise ValueError(f"{name}: expected width {width}, got {x.shape[2]} in shape {tuple(x.shape)}")
+        if x.shape[1] < 1:
+            raise ValueError(f"{name}: expected at least one token, got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}; embed token ids first")
+        weight = next(self.parameters(), None)
+        if weight is None:
+            return
+        if weight.device != x.device:
+            raise ValueError(f"{name}: expected device {weight.device} as the parameters, got {x.device}")
+        if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"{name}: expected dtype {weight.dtype} as the parameters, got {x.dtype}; use .to({x.dtype}) on either"
+            )
+
+
+class StreamingMixer(Mixer):
+    """A causal mixer that can also run piece by piece.
+
+    A subclass implements `begin` (the empty state) and `advance` (n >= 1 more tokens); for any split of a sequence, `extend`
+    piece by piece gives what `forward` gives at once.
+    """
+
+    def init_state(self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
+        """The state before the first token.
+
+        Args:
+            batch_size: examples in the batch.
+            device: where its tensors live; by default where the parameters are.
+            dtype: of its tensors; by default the parameters'.
+
+        Raises:
+            UnsupportedError: if this mixer was not built with ``causal=True``.
+        """
+        if not self.causal:
+            raise self._refusal(
+                "streaming with causal=False", "earlier outputs would depend on later tokens; build it with causal=True"
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        weight = next(self.parameters(), torch.empty(0))
+        return self.begin(batch_size, device or weight.device, dtype or weight.dtype)
+
+    def extend(
+        self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None = None
+    ) -> tuple[Float[Tensor, "b n c"], State]:
+        """Process the next n >= 1 tokens: prefill and decoding step are this one method.
+
+        Args:
+            x: the next tokens, (batch, n, dim).
+            state: what `init_state` or the last call returned; it is not changed.
+            mask: (batch, n), True marks a real token.
+
+        Returns:
+            The outputs (batch, n, dim) and the state after them.
+        """
+        if not self.causal:
+            raise self._refusal(
+                "streaming with causal=False", "earlier outputs would depend on later tokens; build it with causal=True"
+            )
+        if not isinstance(state, State):
+            raise TypeError(f"state: expected attnlab.State as init_state returns it, got {type(state).__name__}")
+        self._validate(x, None, mask, None, None, None)
+        size = next(iter(state.values())).shape[0]
+        if size != x.shape[0]:
+            raise ValueError(f"state: expected batch size {x.shape[0]} as in x, got {size}")
+        y, state = self.advance(zero_masked(x, mask), state, mask=mask)
+        return zero_masked(y, mask), state
+
+    def begin(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        """The empty state."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract: implement begin")
+
+    def advance(
+        self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None
+    ) -> tuple[Float[Tensor, "b n c"], State]:
+        """`extend` on validated input, zero at masked tokens."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract: implement advance")
+
+    def mix(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m c2"] | None,
+        *,
+        mask: Bool[Tensor, "b n"] | None,
+        context_mask: Bool[Tensor, "b m"] | None,
+        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        grid: Grid,
+    ) -> Float[Tensor, "b n c"]:
+        """The whole sequence at once is one piece from the empty state; mixers with a non-causal form override this."""
+        return self.advance(x, self.begin(x.shape[0], x.device, x.dtype), mask=mask)[0]

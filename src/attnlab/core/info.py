@@ -1,0 +1,120 @@
+"""What a registered thing says of itself: name, paper, options, and what it supports."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+Causality = Literal["no", "optional", "always"]
+StateSize = Literal["none", "bounded", "grows"]
+
+
+@dataclass(frozen=True)
+class Supports:
+    """The promises of a token mixer. Each is checked where it is made, and refused where it is not.
+
+    Args:
+        causal: "no", "optional" (``causal=`` chooses) or "always" (the mechanism has no other form).
+        cross: ``context=``, keys and values from another sequence.
+        mask: ``mask=`` and, with ``cross``, ``context_mask=``.
+        pair_mask: ``pair_mask=``, a choice of keys for each query.
+        streaming: ``init_state`` and ``extend``.
+        grid: the ranks that ``grid=`` may have; a flat sequence is rank 1.
+        mixing_matrix: the map that multiplies the values can be read out.
+        permutation_equivariant: permuting the tokens permutes the output, when not causal.
+        batch_coupled: an example's output depends on its neighbours in the batch, by definition.
+        varlen: packed batches by cumulative lengths.
+        state: size of the streaming state: "none", "bounded", or "grows" with the tokens seen.
+        cost: exponent of n in the time and memory of a forward pass.
+    """
+
+    causal: Causality = "no"
+    cross: bool = False
+    mask: bool = True
+    pair_mask: bool = False
+    streaming: bool = False
+    grid: frozenset[int] = frozenset({1})
+    mixing_matrix: bool = False
+    permutation_equivariant: bool = False
+    batch_coupled: bool = False
+    varlen: bool = False
+    state: StateSize = "none"
+    cost: float = 2.0
+
+    def matches(self, **wanted: object) -> bool:
+        """Whether this has what is wanted: ``causal=True``, ``grid=2``, ``streaming=True``, ..."""
+        known = {f.name for f in fields(self)}
+        for name, value in wanted.items():
+            if name not in known:
+                raise ValueError(f"filter {name!r}: expected one of {sorted(known)}")
+            have = getattr(self, name)
+            if name == "causal" and isinstance(value, bool):
+                if (have != "no") != value:
+                    return False
+            elif name == "grid" and isinstance(value, int):
+                if value not in have:
+                    return False
+            elif have != value:
+                return False
+        return True
+
+
+@dataclass(frozen=True)
+class Option:
+    """One argument of a constructor: its name, annotation as written, and default (``...`` where it is required)."""
+
+    name: str
+    annotation: str
+    default: Any = ...
+
+
+@dataclass(frozen=True)
+class Info:
+    """What the registry knows of an entry.
+
+    Args:
+        name: the name that `create` takes.
+        kind: the registry: "mixer", "position", "task", ...
+        summary: first line of the docstring.
+        family: the room it stands in ("linear", "dense", ...).
+        paper: slug of the paper in `attnlab.papers`, or None for common knowledge.
+        options: the constructor's arguments.
+    """
+
+    name: str
+    kind: str
+    summary: str
+    family: str
+    paper: str | None
+    options: tuple[Option, ...]
+
+
+@dataclass(frozen=True)
+class MixerInfo(Info):
+    """`Info` of a token mixer, with its promises.
+
+    Args:
+        supports: what the mixer promises.
+        example: options that make a small instance for checks and pictures, beyond ``dim`` and ``num_heads``.
+    """
+
+    supports: Supports = field(default_factory=Supports)
+    example: tuple[tuple[str, Any], ...] = ()
+
+
+def read_options(factory: Callable[..., Any]) -> tuple[Option, ...]:
+    """The options of a constructor, from its signature; ``self`` is left out."""
+    found = []
+    for parameter in inspect.signature(factory).parameters.values():
+        annotation = parameter.annotation
+        text = "" if annotation is inspect.Parameter.empty else str(getattr(annotation, "__name__", annotation))
+        default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+        found.append(Option(parameter.name, text.strip("'"), default))
+    return tuple(found)
+
+
+def first_line(doc: str | None) -> str:
+    """The first non-empty line of a docstring."""
+    return next((line.strip() for line in (doc or "").splitlines() if line.strip()), "")

@@ -1,0 +1,67 @@
+"""Masks: boolean, True means "take part", everywhere."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Refuse a mask that is not boolean (TypeError) or not of ``shape`` (ValueError)."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: expected a boolean tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"{name}: expected dtype torch.bool (True = take part), got {mask.dtype}; compare first, e.g. `{name} > 0`"
+        )
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(mask.shape)}")
+
+
+def check_pair_mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> None:
+    """Like `check_mask` for (batch or 1, heads or 1, queries, keys)."""
+    if mask is None:
+        return
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        shape = (
+            1 if mask.shape[0] == 1 else shape[0],
+            1 if mask.shape[1] == 1 else shape[1],
+            shape[2],
+            shape[3],
+        )
+    check_mask("pair_mask", mask, shape)
+
+
+def zero_masked(x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b n c"]:
+    """``x`` with exact zeros at masked tokens; what stood there, NaN too, has no influence and gets no gradient."""
+    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+
+def causal_pairs(num_queries: int, num_keys: int, device: torch.device | None = None) -> Bool[Tensor, "n m"]:
+    """Key j is allowed for query i if j <= i + num_keys - num_queries: the last query sees every key."""
+    rows = torch.arange(num_queries, device=device).unsqueeze(1) + (num_keys - num_queries)
+    return torch.arange(num_keys, device=device).unsqueeze(0) <= rows
+
+
+def allowed_pairs(
+    num_queries: int,
+    num_keys: int,
+    *,
+    causal: bool,
+    key_mask: Bool[Tensor, "b m"] | None,
+    pair_mask: Bool[Tensor, "#b #h n m"] | None,
+    device: torch.device,
+) -> Bool[Tensor, "#b #h #n m"] | None:
+    """The three masks as one, or None where every pair is allowed; only the dimensions that are needed are materialised."""
+    allowed = None
+    if key_mask is not None:
+        allowed = key_mask[:, None, None, :]
+    if pair_mask is not None:
+        allowed = pair_mask if allowed is None else allowed & pair_mask
+    if causal and num_queries > 1:
+        triangle = causal_pairs(num_queries, num_keys, device)[None, None]
+        allowed = triangle if allowed is None else allowed & triangle
+    return allowed

@@ -1,0 +1,128 @@
+"""One generic registry for mixers, positions, models, tasks and the rest; entries are found by importing lazily."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from attnlab.core.errors import UnknownNameError, nearest
+from attnlab.core.info import Info, MixerInfo, Supports, first_line, read_options
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Entry(Generic[T]):
+    """A registered factory (a class or a function) with its `Info`."""
+
+    name: str
+    factory: Callable[..., T]
+    info: Info
+
+
+class Registry(Generic[T]):
+    """Names to factories.
+
+    The modules of ``package`` are imported when the registry is first asked. One that fails to import (a broken optional
+    dependency, say) is kept in `broken` and named in the error of a failed lookup; it never breaks the others.
+
+    Args:
+        kind: what the entries are, in the singular; used in messages.
+        package: the package whose modules register entries.
+    """
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self.package = package
+        self.broken: dict[str, Exception] = {}
+        self._entries: dict[str, Entry[T]] = {}
+        self._discovered = False
+        _REGISTRIES[kind] = self
+
+    def register(
+        self,
+        name: str,
+        *,
+        family: str = "",
+        paper: str | None = None,
+        supports: Supports | None = None,
+        example: dict[str, Any] | None = None,
+    ) -> Callable[[F], F]:
+        """Decorator that enters a class or function under ``name``; ValueError if the name is taken."""
+
+        def enter(factory: F) -> F:
+            known = self._entries.get(name)
+            if known is not None and known.factory.__qualname__ != factory.__qualname__:
+                raise ValueError(f"{self.kind} {name!r} is registered already, by {known.factory.__module__}")
+            common = (name, self.kind, first_line(factory.__doc__), family, paper, read_options(factory))
+            info = Info(*common) if supports is None else MixerInfo(*common, supports, tuple((example or {}).items()))
+            self._entries[name] = Entry(name, factory, info)
+            if isinstance(factory, type):
+                factory.info = info  # type: ignore[attr-defined]
+            return factory
+
+        return enter
+
+    def get(self, name: str) -> Entry[T]:
+        """The entry called ``name``; UnknownNameError names the nearest ones."""
+        if name not in self._entries:
+            self._discover()
+        if name not in self._entries:
+            hint = nearest(name, self._entries) or f"; known: {', '.join(sorted(self._entries))}"
+            lost = "".join(f" ({module} could not be imported: {error})" for module, error in self.broken.items())
+            raise UnknownNameError(f"unknown {self.kind} {name!r}{hint}{lost}")
+        return self._entries[name]
+
+    def create(self, name: str, /, **options: Any) -> T:
+        """Build the entry ``name``; an option that its constructor does not have raises UnknownNameError."""
+        entry = self.get(name)
+        known = [option.name for option in entry.info.options]
+        for option in options:
+            if option not in known:
+                hint = nearest(option, known) or f"; options: {', '.join(known)}"
+                raise UnknownNameError(f"{self.kind} {name!r} has no option {option!r}{hint}")
+        return entry.factory(**options)
+
+    def info(self, name: str) -> Info:
+        """The `Info` of the entry ``name``."""
+        return self.get(name).info
+
+    def names(self, pattern: str = "*", *, family: str | None = None, **supports: object) -> list[str]:
+        """Sorted names that match a shell pattern, a family, and what `Supports.matches` takes."""
+        self._discover()
+        found = []
+        for name, entry in self._entries.items():
+            if not fnmatch.fnmatchcase(name, pattern) or (family is not None and entry.info.family != family):
+                continue
+            if supports and not (isinstance(entry.info, MixerInfo) and entry.info.supports.matches(**supports)):
+                continue
+            found.append(name)
+        return sorted(found)
+
+    def entries(self) -> list[Entry[T]]:
+        """All entries, by name."""
+        return [self.get(name) for name in self.names()]
+
+    def _discover(self) -> None:
+        if self._discovered:
+            return
+        self._discovered = True
+        package = importlib.import_module(self.package)
+        for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".", onerror=lambda name: None):
+            try:
+                importlib.import_module(module.name)
+            except Exception as error:
+                self.broken[module.name] = error
+
+
+_REGISTRIES: dict[str, Registry[Any]] = {}
+
+
+def all_registries() -> dict[str, Registry[Any]]:
+    """Every registry by its kind."""
+    return dict(_REGISTRIES)

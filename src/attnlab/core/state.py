@@ -1,0 +1,86 @@
+"""The state of a streaming mixer: named tensors whose first dimension is the batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+class State(Mapping[str, Tensor]):
+    """Immutable mapping of names to tensors of shape (batch, ...).
+
+    Everything that a mixer carries from one piece of a sequence to the next is in here, so that saving, moving and
+    re-ordering need no knowledge of the mechanism.
+
+    Args:
+        tensors: names to tensors; all have the same first dimension.
+
+    Raises:
+        ValueError: if the batch sizes differ.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        sizes = {name: tensor.shape[0] for name, tensor in tensors.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"state: expected one batch size in every tensor, got {sizes}")
+        self._tensors = dict(tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{name}={tuple(tensor.shape)}" for name, tensor in self._tensors.items())
+        return f"State({inside})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
+        """A copy on ``device``; ``dtype`` applies to floating-point tensors alone."""
+        return State(
+            {
+                name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+                for name, tensor in self._tensors.items()
+            }
+        )
+
+    def detach(self) -> State:
+        """The same values without their history, for truncated back-propagation."""
+        return State({name: tensor.detach() for name, tensor in self._tensors.items()})
+
+    def select(self, indices: Int[Tensor, "k"]) -> State:
+        """The examples at ``indices`` of the batch, repeats allowed: re-ordering for beam search."""
+        return State({name: tensor.index_select(0, indices) for name, tensor in self._tensors.items()})
+
+    def prefixed(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors under ``prefix + name``, to be put into a larger state."""
+        return {prefix + name: tensor for name, tensor in self._tensors.items()}
+
+    def part(self, prefix: str) -> State:
+        """The tensors whose names begin with ``prefix``, without it: the inverse of `prefixed`."""
+        return State({name[len(prefix) :]: t for name, t in self._tensors.items() if name.startswith(prefix)})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file."""
+        from safetensors.torch import save_file
+
+        save_file({name: tensor.detach().contiguous() for name, tensor in self._tensors.items()}, os.fspath(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> State:
+        """Read what `save` wrote."""
+        from safetensors.torch import load_file
+
+        return cls(load_file(os.fspath(path), device=device))

@@ -1,0 +1,73 @@
+r"""Dense attention with slots: independent sources, grouped keys and values, scale, bias, three masks, normaliser.
+
+For query $q_i$, keys $k_j$ and values $v_j$ of one head,
+
+$$o_i = \sum_j w_{ij} v_j, \qquad w_i = \mathrm{normalizer}_j(s\, q_i^\top k_j + b_{ij}) ,$$
+
+over the pairs that all masks allow. Pairs that are not allowed have weight 0, a query without any key gives exactly 0.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from attnlab.core.errors import UnknownNameError, nearest
+from attnlab.ops.attention import eager, reference
+from attnlab.ops.attention.normalizers import NORMALIZERS
+from attnlab.ops.backends import Op
+
+ATTENTION = Op("attention", {"reference": reference.attention, "eager": eager.attention})
+
+__all__ = ["ATTENTION", "NORMALIZERS", "attention"]
+
+
+def attention(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b hk m d"],
+    v: Float[Tensor, "b hk m e"],
+    *,
+    scale: float | None = None,
+    bias: Float[Tensor, "#b #h #n #m"] | None = None,
+    causal: bool = False,
+    key_mask: Bool[Tensor, "b m"] | None = None,
+    pair_mask: Bool[Tensor, "#b #h n m"] | None = None,
+    normalizer: str = "softmax",
+    backend: str = "auto",
+) -> Float[Tensor, "b h n e"]:
+    """Attention of every query over the keys it may use.
+
+    Args:
+        q: queries (b, h, n, d).
+        k: keys (b, hk, m, d); ``hk`` divides ``h`` and query head ``i`` reads key head ``i // (h / hk)``, nothing is repeated.
+        v: values (b, hk, m, e).
+        scale: factor of the products; by default d ** -0.5.
+        bias: added to the scaled products, broadcastable to (b, h, n, m).
+        causal: key j is allowed for query i if j <= i + m - n, so that the last query sees every key.
+        key_mask: (b, m), True marks a key that may be used.
+        pair_mask: (b or 1, h or 1, n, m), True: this query may use this key.
+        normalizer: "softmax", or element-wise "sigmoid", "relu", "identity".
+        backend: "auto", "reference" (the formula) or "eager" (SDPA for softmax, blocks over queries for element-wise normalisers).
+
+    Raises:
+        ValueError: for shapes that do not fit.
+        UnknownNameError: for an unknown normaliser or backend.
+    """
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(
+            f"q, k, v: expected 4 dimensions (b, heads, tokens, width), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"k, v: expected shapes (b, hk, m, d) and (b, hk, m, e) for q {tuple(q.shape)}, got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"k: expected a number of heads that divides the {q.shape[1]} of q, got {k.shape[1]}")
+    if normalizer not in NORMALIZERS:
+        raise UnknownNameError(
+            f"normalizer: expected one of {sorted(NORMALIZERS)}, got {normalizer!r}{nearest(normalizer, NORMALIZERS)}"
+        )
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    run = ATTENTION(backend, q)
+    return run(q, k, v, scale=scale, bias=bias, causal=causal, key_mask=key_mask, pair_mask=pair_mask, normalizer=normalizer)

@@ -1,0 +1,34 @@
+"""Dense attention as its formula reads: all logits, mask, normalise, weigh the values."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from attnlab.core.masks import allowed_pairs
+from attnlab.ops.attention.normalizers import NORMALIZERS, masked_weights
+
+
+def attention(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b hk m d"],
+    v: Float[Tensor, "b hk m e"],
+    *,
+    scale: float,
+    bias: Float[Tensor, "#b #h #n #m"] | None,
+    causal: bool,
+    key_mask: Bool[Tensor, "b m"] | None,
+    pair_mask: Bool[Tensor, "#b #h n m"] | None,
+    normalizer: str,
+) -> Float[Tensor, "b h n e"]:
+    """The oracle; see `attnlab.ops.attention.attention`."""
+    grouped = rearrange(q, "b (hk g) n d -> b hk g n d", hk=k.shape[1])
+    logits = torch.einsum("bkgnd,bkmd->bkgnm", grouped, k).flatten(1, 2) * scale
+    if bias is not None:
+        logits = logits + bias
+    allowed = allowed_pairs(q.shape[2], k.shape[2], causal=causal, key_mask=key_mask, pair_mask=pair_mask, device=q.device)
+    weights = masked_weights(logits, allowed, NORMALIZERS[normalizer])
+    weights = rearrange(weights, "b (hk g) n m -> b hk g n m", hk=k.shape[1])
+    return torch.einsum("bkgnm,bkme->bkgne", weights, v).flatten(1, 2)

@@ -1,0 +1,69 @@
+r"""Softmax attention over a part of the keys with its log-sum-exp, and the merge of such parts.
+
+$$\mathrm{lse}_i = \log \sum_j \exp(s\, q_i^\top k_j + b_{ij}), \qquad o_i = \sum_j \exp(s\, q_i^\top k_j + b_{ij} - \mathrm{lse}_i)\, v_j$$
+
+A part without keys has $o = 0$, $\mathrm{lse} = -\infty$ and is neutral. The merge of parts is associative and commutative, so a
+sequence of keys can be split over blocks, workers or devices and give what one softmax over all gives.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from attnlab.ops.backends import Op
+from attnlab.ops.partial_attention import eager, reference
+
+PARTIAL_ATTENTION = Op("partial_attention", {"reference": reference.partial_attention, "eager": eager.partial_attention})
+
+
+class Partial(NamedTuple):
+    """Attention over some keys: ``output`` (b, h, n, e) and ``lse`` (b, h, n), in float32 or wider."""
+
+    output: Float[Tensor, "b h n e"]
+    lse: Float[Tensor, "b h n"]
+
+
+def partial_attention(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b h m d"],
+    v: Float[Tensor, "b h m e"],
+    *,
+    scale: float | None = None,
+    bias: Float[Tensor, "#b #h #n #m"] | None = None,
+    allowed: Bool[Tensor, "#b #h #n #m"] | None = None,
+    backend: str = "auto",
+) -> Partial:
+    """Softmax attention over these keys, with what is needed to merge it with attention over others.
+
+    Args:
+        q: queries (b, h, n, d).
+        k: keys (b, h, m, d); m may be 0.
+        v: values (b, h, m, e).
+        scale: factor of the products; by default d ** -0.5.
+        bias: added to the scaled products, broadcastable to (b, h, n, m).
+        allowed: True where a query may use a key, broadcastable likewise.
+        backend: "auto", "reference" or "eager".
+
+    Raises:
+        ValueError: for shapes that do not fit.
+    """
+    if q.dim() != 4 or k.shape[:3] != v.shape[:3] or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"q, k, v: expected (b, h, n, d), (b, h, m, d), (b, h, m, e), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    return Partial(*PARTIAL_ATTENTION(backend, q)(q, k, v, scale=scale, bias=bias, allowed=allowed))
+
+
+def merge(first: Partial, second: Partial) -> Partial:
+    """Attention over the keys of both parts; associative, with an empty part as the neutral element."""
+    lse = torch.logaddexp(first.lse, second.lse)
+    # Where both parts are empty any finite reference serves: exp(-inf - 0) is 0, while -inf - -inf would be NaN.
+    shift = lse.masked_fill(lse == float("-inf"), 0.0)
+    left, right = (part.output * (part.lse - shift).exp().unsqueeze(-1).to(part.output.dtype) for part in (first, second))
+    return Partial(left + right, lse)
