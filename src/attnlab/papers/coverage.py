@@ -1,0 +1,82 @@
+"""What of each paper is implemented and proven here, read from the registries and the test evidence; nothing is typed in."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from attnlab.core.registry import Entry, all_registries
+from attnlab.papers.catalog import Paper, paper, papers
+from attnlab.papers.evidence import TIERS, Evidence, load
+
+
+@runtime_checkable
+class EntrySource(Protocol):
+    """The part of `attnlab.core.registry.Registry` that coverage reads."""
+
+    def entries(self) -> Sequence[Entry[Any]]:
+        """All entries, each with a ``name`` and the ``info.paper`` that it implements (a slug, or None)."""
+        ...
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """A paper, and what the library has of it.
+
+    Attributes:
+        paper: the paper.
+        things: what is registered as implementing it, as ``"<kind>:<name>"``, sorted.
+        tiers: for each of ``things`` the tiers that hold, sorted.
+        missing: for each of ``things`` the tiers that apply (`applicable_tiers`) and do not hold, sorted.
+    """
+
+    paper: Paper
+    things: tuple[str, ...]
+    tiers: Mapping[str, tuple[str, ...]]
+    missing: Mapping[str, tuple[str, ...]]
+
+    @property
+    def implemented(self) -> bool:
+        """True when something registered implements the paper."""
+        return bool(self.things)
+
+    @property
+    def proven(self) -> bool:
+        """True when something implements the paper, and no tier that applies to it is missing."""
+        return self.implemented and not any(self.missing.values())
+
+
+def applicable_tiers(paper: Paper, kind: str) -> tuple[str, ...]:
+    """The tiers that a thing of registry ``kind`` can be asked for: T4 of models alone, T3 of no reconstruction."""
+    return tuple(tier for tier in TIERS if not (tier == "T4" and kind != "model") and not (tier == "T3" and paper.reconstruction))
+
+
+def coverage(registries: Mapping[str, EntrySource] | None = None, evidence: Evidence | None = None) -> list[CoverageRow]:
+    """One row a paper, by index.
+
+    Args:
+        registries: registries by kind; those of the library by default.
+        evidence: what the tests have proven; the package's own by default.
+
+    Raises:
+        UnknownNameError: something is registered for a paper that the catalogue does not have.
+    """
+    sources: Mapping[str, EntrySource] = all_registries() if registries is None else registries
+    proofs = load() if evidence is None else evidence
+    implementing: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for kind, registry in sources.items():
+        for entry in registry.entries():
+            if entry.info.paper is not None:
+                implementing[paper(entry.info.paper).slug].append((kind, entry.name))
+    return [_row(subject, sorted(implementing[subject.slug]), proofs) for subject in papers()]
+
+
+def _row(subject: Paper, entries: Sequence[tuple[str, str]], proofs: Evidence) -> CoverageRow:
+    tiers, missing = {}, {}
+    for kind, name in entries:
+        thing = f"{kind}:{name}"
+        tiers[thing] = tuple(tier for tier, proof in sorted(proofs.get(thing, {}).items()) if proof.holds)
+        missing[thing] = tuple(tier for tier in applicable_tiers(subject, kind) if tier not in tiers[thing])
+    return CoverageRow(subject, tuple(tiers), tiers, missing)
