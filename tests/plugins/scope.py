@@ -47,5 +47,5 @@ def fail_run(session: pytest.Session, subject: Path, problem: str) -> None:
     name = subject.relative_to(session.config.rootpath).as_posix()
     report = pytest.CollectReport(nodeid=name, outcome="failed", longrepr=problem, result=[])
     session.config.hook.pytest_collectreport(report=report)
-    if session.exitstatus == pytest.ExitCode.OK:
+    if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -113,4 +113,6 @@ class SkipPlugin:
 
 
 def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
-    return str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else report.longreprtext
+    """Why a test was skipped, as it was written."""
+    text = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else report.longreprtext
+    return text.removeprefix("Skipped: ")
