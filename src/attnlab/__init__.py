@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from attnlab.core.catalog import create_mixer, list_mixers, mixer_info, mixers
+from attnlab.core.catalog import create_mixer, list_mixers, mixer_info
 from attnlab.core.contract import Mixer, StreamingMixer
 from attnlab.core.errors import AttnlabError, BackendUnavailableError, UnknownNameError, UnsupportedError
 from attnlab.core.info import Info, MixerInfo, Supports
@@ -51,7 +51,6 @@ __all__ = [
     "explain_backend",
     "list_mixers",
     "mixer_info",
-    "mixers",
     "record",
     "use_backend",
 ]

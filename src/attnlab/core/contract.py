@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -34,6 +35,7 @@ class Mixer(nn.Module):
     """
 
     info: ClassVar[MixerInfo]
+    num_prefix: int = 0  # leading tokens that are outside the grid, such as a class token
 
     def __init__(self, dim: int, num_heads: int = 8, *, causal: bool = False) -> None:
         super().__init__()
@@ -55,6 +57,7 @@ class Mixer(nn.Module):
         if not causal and have == "always":
             raise self._refusal("causal=False", "it has no other form than the causal one", causal="optional")
         self.dim, self.num_heads, self.causal = dim, num_heads, causal
+        self.context_dim = dim  # width that `context` must have
 
     @property
     def supports(self) -> Supports:
@@ -145,8 +148,8 @@ class Mixer(nn.Module):
         """`mixing_matrix` on validated input. Subclasses that promise one implement this."""
         raise NotImplementedError(f"{type(self).__name__} promises a mixing matrix: implement matrix")
 
-    def emit(self, name: str, value: Tensor) -> None:
-        """Hand ``value`` to an open `attnlab.record`, under this module's path."""
+    def emit(self, name: str, value: Tensor | Callable[[], Tensor]) -> None:
+        """Hand ``value`` to an open `attnlab.record`, under this module's path; a function is called only if someone wants it."""
         if recording():
             emit(self, name, value)
 
@@ -183,15 +186,10 @@ class Mixer(nn.Module):
         check_mask("mask", mask, (batch, n))
         check_mask("context_mask", context_mask, (batch, m))
         check_pair_mask(pair_mask, (batch, self.num_heads, n, m))
-        resolved = resolve_grid(grid, n)
+        resolved = resolve_grid(grid, n - self.num_prefix)
         if len(resolved) not in supports.grid:
             raise self._refusal(f"a grid of rank {len(resolved)}", f"its ranks are {sorted(supports.grid)}", grid=len(resolved))
         return resolved
-
-    @property
-    def context_dim(self) -> int:
-        """Width that ``context`` must have."""
-        return self.dim
 
     def _check_tokens(self, name: str, x: Tensor, width: int) -> None:
         if not isinstance(x, Tensor):

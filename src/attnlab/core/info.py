@@ -105,14 +105,24 @@ class MixerInfo(Info):
 
 
 def read_options(factory: Callable[..., Any]) -> tuple[Option, ...]:
-    """The options of a constructor, from its signature; ``self`` is left out."""
-    found = []
-    for parameter in inspect.signature(factory).parameters.values():
-        annotation = parameter.annotation
-        text = "" if annotation is inspect.Parameter.empty else str(getattr(annotation, "__name__", annotation))
-        default = ... if parameter.default is inspect.Parameter.empty else parameter.default
-        found.append(Option(parameter.name, text.strip("'"), default))
-    return tuple(found)
+    """The options of a function or of a class's constructor, from its signature.
+
+    Where a constructor hands typed keywords (``**options: Unpack[...]``) on to the next class, that one's options follow.
+    """
+    chain = [c.__init__ for c in factory.__mro__ if "__init__" in vars(c)] if isinstance(factory, type) else [factory]
+    found: dict[str, Option] = {}
+    for function in chain:
+        parameters = inspect.signature(function).parameters.values()
+        for parameter in parameters:
+            if parameter.name == "self" or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                continue
+            annotation = parameter.annotation
+            text = "" if annotation is inspect.Parameter.empty else str(getattr(annotation, "__name__", annotation))
+            default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+            found.setdefault(parameter.name, Option(parameter.name, text.strip("'"), default))
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return tuple(found.values())
 
 
 def first_line(doc: str | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ class Tape:
     mixer it is just ``attention``.
     """
 
-    def __init__(self, model: nn.Module, *, detach: bool = False) -> None:
-        self.detach = detach
+    def __init__(self, model: nn.Module, *, only: Sequence[str] | None = None, detach: bool = False) -> None:
+        self.only, self.detach = only, detach
         self.items: dict[str, list[Tensor]] = {}
         self._paths = {id(module): path for path, module in model.named_modules()}
 
@@ -33,11 +33,13 @@ class Tape:
         """The last tensor of every name that ends with ``suffix``."""
         return {name: tensors[-1] for name, tensors in self.items.items() if name.endswith(suffix)}
 
-    def add(self, module: nn.Module, name: str, value: Tensor) -> None:
-        """Record ``value``; modules outside the recorded model are passed over."""
+    def add(self, module: nn.Module, name: str, value: Tensor | Callable[[], Tensor]) -> None:
+        """Record ``value``; modules outside the recorded model and names that are not wanted are passed over."""
         path = self._paths.get(id(module))
-        if path is None:
+        if path is None or (self.only is not None and name not in self.only):
             return
+        if not isinstance(value, Tensor):
+            value = value()
         key = f"{path}/{name}" if path else name
         self.items.setdefault(key, []).append(value.detach() if self.detach else value)
 
@@ -46,14 +48,15 @@ _tapes: list[Tape] = []
 
 
 @contextmanager
-def record(model: nn.Module, *, detach: bool = False) -> Iterator[Tape]:
+def record(model: nn.Module, *, only: Sequence[str] | None = None, detach: bool = False) -> Iterator[Tape]:
     """Collect what the mixers of ``model`` emit while the block runs.
 
     Args:
         model: a mixer, or any module that holds mixers.
+        only: what to keep, without the path ("attention", "router"); None keeps all. Maps are only formed if they are kept.
         detach: drop the autograd history of what is kept.
     """
-    tape = Tape(model, detach=detach)
+    tape = Tape(model, only=only, detach=detach)
     _tapes.append(tape)
     try:
         yield tape
@@ -66,7 +69,7 @@ def recording() -> bool:
     return len(_tapes) > 0
 
 
-def emit(module: nn.Module, name: str, value: Tensor) -> None:
-    """Hand ``value`` to the open recordings, under the path of ``module``."""
+def emit(module: nn.Module, name: str, value: Tensor | Callable[[], Tensor]) -> None:
+    """Hand ``value``, or what calling it gives, to the open recordings that want it, under the path of ``module``."""
     for tape in _tapes:
         tape.add(module, name, value)

@@ -1,0 +1,207 @@
+"""What mixers of the form "project to queries, keys and values, attend, project back" share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from attnlab.core.contract import Mixer, StreamingMixer
+from attnlab.core.grid import Grid
+from attnlab.core.state import State
+from attnlab.positions import create_position
+
+
+class AttentionOptions(TypedDict, total=False):
+    """The options of `AttentionMixer` that a subclass hands on unchanged."""
+
+    causal: bool
+    num_kv_heads: int | None
+    head_dim: int | None
+    context_dim: int | None
+    qkv_bias: bool
+    out_bias: bool
+    qk_norm: str
+    position: str
+    position_options: Mapping[str, Any] | None
+    device: torch.device | None
+    dtype: torch.dtype | None
+
+
+class AttentionMixer(Mixer):
+    """Queries, keys and values of several heads, an operator on them, an output projection.
+
+    A subclass implements `attend`, which must be linear in the values: the mixing matrix is what it makes of the identity.
+
+    Args:
+        dim: width of the tokens.
+        num_heads: query heads.
+        causal: see `Mixer`.
+        num_kv_heads: key and value heads, a divisor of ``num_heads``: all for multi-head, 1 for multi-query attention.
+        head_dim: width of a head; by default dim / num_heads.
+        context_dim: width of ``context``; by default ``dim``.
+        qkv_bias: biases in the three input projections.
+        out_bias: bias in the output projection.
+        qk_norm: "none", or "layer_norm" over the width of each query and key head, before positions.
+        position: name of a registered position, applied in self-attention.
+        position_options: the position's own options.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        causal: bool = False,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        context_dim: int | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = True,
+        qk_norm: str = "none",
+        position: str = "none",
+        position_options: Mapping[str, Any] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, num_heads, causal=causal)
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads={num_heads}, got {num_kv_heads}")
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = dim // num_heads if head_dim is None else head_dim
+        self.context_dim = dim if context_dim is None else context_dim
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        inner, inner_kv = num_heads * self.head_dim, num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(dim, inner, bias=qkv_bias, **place)
+        self.k_proj = nn.Linear(self.context_dim, inner_kv, bias=qkv_bias, **place)
+        self.v_proj = nn.Linear(self.context_dim, inner_kv, bias=qkv_bias, **place)
+        self.out_proj = nn.Linear(inner, dim, bias=out_bias, **place)
+        if qk_norm not in ("none", "layer_norm"):
+            raise ValueError(f"qk_norm: expected 'none' or 'layer_norm', got {qk_norm!r}")
+        norm = nn.LayerNorm if qk_norm == "layer_norm" else nn.Identity
+        self.q_norm, self.k_norm = norm(self.head_dim, **place), norm(self.head_dim, **place)
+        self.position = create_position(position, num_heads, self.head_dim, position_options).to(**place)
+
+    def attend(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b hk m d"],
+        v: Float[Tensor, "b hk m e"],
+        *,
+        key_mask: Bool[Tensor, "b m"] | None,
+        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        grid: Grid | None,
+    ) -> Float[Tensor, "b h n e"]:
+        """The operator. The last query stands at the last key where causal."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract: implement attend")
+
+    def weigh_heads(self, heads: Float[Tensor, "b h n e"], x: Float[Tensor, "b n c"]) -> Float[Tensor, "b h n e"]:
+        """A factor a head and token before the output projection; nothing here."""
+        return heads
+
+    def project(
+        self, x: Float[Tensor, "b n c"], context: Tensor | None = None, start: Tensor | int = 0
+    ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b hk m d"], Float[Tensor, "b hk m d"]]:
+        """Queries, keys and values, with positions in queries and keys in self-attention; ``start`` is x's first position."""
+        source = x if context is None else context
+        q = self.q_norm(rearrange(self.q_proj(x), "b n (h d) -> b h n d", h=self.num_heads))
+        k = self.k_norm(rearrange(self.k_proj(source), "b m (h d) -> b h m d", h=self.num_kv_heads))
+        v = rearrange(self.v_proj(source), "b m (h d) -> b h m d", h=self.num_kv_heads)
+        if context is None:
+            index = torch.arange(x.shape[1], device=x.device)[None]
+            index = index + (start[:, None] if isinstance(start, Tensor) else start)
+            q, k = self.position.encode(q, index), self.position.encode(k, index)
+        return q, k, v
+
+    def join(self, heads: Float[Tensor, "b h n e"], x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """Heads back to tokens."""
+        return self.out_proj(rearrange(self.weigh_heads(heads, x), "b h n e -> b n (h e)"))
+
+    def mix(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m c2"] | None,
+        *,
+        mask: Bool[Tensor, "b n"] | None,
+        context_mask: Bool[Tensor, "b m"] | None,
+        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        grid: Grid,
+    ) -> Float[Tensor, "b n c"]:
+        """Project, attend, project back."""
+        q, k, v = self.project(x, context)
+        key_mask = mask if context is None else context_mask
+        heads = self.attend(q, k, v, key_mask=key_mask, pair_mask=pair_mask, grid=grid)
+        self.emit("values", lambda: v.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1))
+        self.emit("mixed", heads)
+        self.emit("attention", lambda: self._on_identity(q, k, key_mask, pair_mask, grid))
+        return self.join(heads, x)
+
+    def matrix(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m c2"] | None,
+        *,
+        mask: Bool[Tensor, "b n"] | None,
+        context_mask: Bool[Tensor, "b m"] | None,
+        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        grid: Grid,
+    ) -> Float[Tensor, "b h n m"]:
+        """What `attend` makes of identity values."""
+        q, k, _ = self.project(x, context)
+        return self._on_identity(q, k, mask if context is None else context_mask, pair_mask, grid)
+
+    def _on_identity(
+        self, q: Tensor, k: Tensor, key_mask: Tensor | None, pair_mask: Tensor | None, grid: Grid | None
+    ) -> Float[Tensor, "b h n m"]:
+        identity = torch.eye(k.shape[2], device=k.device, dtype=k.dtype).expand(*k.shape[:2], -1, -1)
+        return self.attend(q, k, identity, key_mask=key_mask, pair_mask=pair_mask, grid=grid)
+
+
+class CachedAttention(AttentionMixer, StreamingMixer):
+    """An `AttentionMixer` that streams by keeping keys and values: all of them, or those that `trim` leaves.
+
+    State: ``k``, ``v`` (b, hk, m, d), ``position`` (b,), and ``real`` (b, m), which is (b, 0) as long as no mask was given.
+    """
+
+    def begin(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        """No keys yet."""
+        empty = torch.zeros(batch_size, self.num_kv_heads, 0, self.head_dim, device=device, dtype=dtype)
+        return State(
+            {
+                "k": empty,
+                "v": empty.clone(),
+                "real": torch.ones(batch_size, 0, device=device, dtype=torch.bool),
+                "position": torch.zeros(batch_size, device=device, dtype=torch.int64),
+            }
+        )
+
+    def trim(self, tensor: Tensor, dim: int) -> Tensor:
+        """The keys that later queries can still need; all here."""
+        return tensor
+
+    def advance(
+        self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None
+    ) -> tuple[Float[Tensor, "b n c"], State]:
+        """Attend over the kept keys and the new ones."""
+        q, k, v = self.project(x, start=state["position"])
+        kept, n = state["k"].shape[2], x.shape[1]
+        k, v = torch.cat((state["k"], k), dim=2), torch.cat((state["v"], v), dim=2)
+        real = state["real"]
+        if mask is not None or real.shape[1]:
+            past = real if real.shape[1] == kept else real.new_ones(x.shape[0], kept)
+            real = torch.cat((past, real.new_ones(x.shape[0], n) if mask is None else mask), dim=1)
+        heads = self.attend(q, k, v, key_mask=real if real.shape[1] else None, pair_mask=None, grid=None)
+        after = {
+            "k": self.trim(k, 2),
+            "v": self.trim(v, 2),
+            "real": self.trim(real, 1) if real.shape[1] else real.clone(),
+            "position": state["position"] + n,
+        }
+        return self.join(heads, x), State(after)

@@ -1,0 +1,104 @@
+"""Sigmoid attention: an element-wise sigmoid in place of the row's softmax."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from typing_extensions import Unpack
+
+from attnlab.core.catalog import mixers
+from attnlab.core.grid import Grid
+from attnlab.mixers.attention import AttentionOptions, CachedAttention
+from attnlab.mixers.dense.softmax import DENSE
+from attnlab.ops.attention import attention
+
+
+@mixers.register("sigmoid", family="dense", paper="sigmoid-attention", supports=DENSE)
+class SigmoidAttention(CachedAttention):
+    r"""Attention whose weights do not compete (Ramapuram et al. 2024, equation 3).
+
+    $$o_i = \sum_j \sigma\!\left(e^{\tau}\,(d^{-1/2}\, q_i^\top k_j + b_{ij}) + \beta_i\right) v_j$$
+
+    Rows do not sum to one; $\beta = -\ln n$ keeps the output's norm at initialisation independent of n. Time O(n m d),
+    memory O(n + m): blocks of queries, recomputed in the backward pass.
+
+    Args:
+        dim: width of the tokens.
+        num_heads: query heads.
+        logit_bias: $\beta$. "log_count": minus the log of the number of keys that the query may use; a number: the same for all
+            (the authors use $-\ln$ of the training length, or about -10).
+        log_temperature: $\tau$, 0 for none.
+        **options: those of `AttentionMixer`.
+
+    Raises:
+        ValueError: for a ``logit_bias`` that is neither.
+
+    Differs from the paper: with ``causal=True`` and "log_count" the count is that of each row, not the sequence's length, so
+    that an output does not depend on how many tokens follow and streaming is exact; pass ``logit_bias=-math.log(n)`` for the
+    authors' constant.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        logit_bias: str | float = "log_count",
+        log_temperature: float = 0.0,
+        **options: Unpack[AttentionOptions],
+    ) -> None:
+        super().__init__(dim, num_heads, **options)
+        if isinstance(logit_bias, str) and logit_bias != "log_count":
+            raise ValueError(f"logit_bias: expected 'log_count' or a number, got {logit_bias!r}")
+        self.logit_bias, self.log_temperature = logit_bias, log_temperature
+
+    def attend(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b hk m d"],
+        v: Float[Tensor, "b hk m e"],
+        *,
+        key_mask: Bool[Tensor, "b m"] | None,
+        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        grid: Grid | None,
+    ) -> Float[Tensor, "b h n e"]:
+        """Sigmoid weights over the allowed keys."""
+        heat = math.exp(self.log_temperature)
+        bias = self.position.bias(q, k.shape[2], causal=self.causal, grid=grid)
+        shift = self._logit_bias(q, k.shape[2], key_mask, pair_mask)
+        bias = shift if bias is None else bias * heat + shift
+        return attention(
+            q,
+            k,
+            v,
+            scale=heat * self.head_dim**-0.5,
+            bias=bias,
+            causal=self.causal,
+            key_mask=key_mask,
+            pair_mask=pair_mask,
+            normalizer="sigmoid",
+        )
+
+    def _logit_bias(
+        self, q: Tensor, num_keys: int, key_mask: Tensor | None, pair_mask: Tensor | None
+    ) -> Float[Tensor, "#b #h #n 1"]:
+        if not isinstance(self.logit_bias, str):
+            return q.new_full((1, 1, 1, 1), self.logit_bias)
+        n = q.shape[2]
+        if pair_mask is not None:
+            allowed = pair_mask if key_mask is None else pair_mask & key_mask[:, None, None, :]
+            if self.causal:
+                allowed = allowed.tril(num_keys - n)
+            count = allowed.sum(dim=-1, keepdim=True)
+        elif self.causal:
+            last = torch.arange(num_keys - n, num_keys, device=q.device)
+            count = last[None] + 1 if key_mask is None else key_mask.cumsum(dim=1)[:, num_keys - n :]
+            count = count[:, None, :, None]
+        elif key_mask is not None:
+            count = key_mask.sum(dim=1)[:, None, None, None]
+        else:
+            count = torch.full((1, 1, 1, 1), num_keys, device=q.device)
+        return -count.clamp(min=1).to(q.dtype).log()

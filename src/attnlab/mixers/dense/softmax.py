@@ -1,0 +1,54 @@
+"""Softmax attention: multi-head, grouped-query and multi-query, with any registered position."""
+
+from __future__ import annotations
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from attnlab.core.catalog import mixers
+from attnlab.core.grid import Grid
+from attnlab.core.info import Supports
+from attnlab.mixers.attention import CachedAttention
+from attnlab.ops.attention import attention
+
+DENSE = Supports(
+    causal="optional",
+    cross=True,
+    pair_mask=True,
+    streaming=True,
+    grid=frozenset({1, 2, 3}),
+    mixing_matrix=True,
+    permutation_equivariant=True,
+    state="grows",
+    cost=2,
+)
+
+
+@mixers.register("softmax", family="dense", supports=DENSE)
+class SoftmaxAttention(CachedAttention):
+    r"""Scaled dot-product attention (Vaswani et al. 2017, section 3.2), with grouped keys and values (Ainslie et al. 2023).
+
+    For query head h that reads key head g(h), head width d and a position's bias b,
+
+    $$o_i = \sum_j \mathrm{softmax}_j\!\left(d^{-1/2}\, q_i^\top k_j + b_{ij}\right) v_j .$$
+
+    Time O(n m d), memory O(n + m): PyTorch's fused kernel is called. The state holds all keys and values.
+
+    Args: those of `AttentionMixer`; ``num_kv_heads=1`` is multi-query attention.
+
+    Differs from the paper: positions are a slot, "none" by default; no dropout on the weights.
+    """
+
+    def attend(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b hk m d"],
+        v: Float[Tensor, "b hk m e"],
+        *,
+        key_mask: Bool[Tensor, "b m"] | None,
+        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        grid: Grid | None,
+    ) -> Float[Tensor, "b h n e"]:
+        """Softmax over the allowed keys."""
+        bias = self.position.bias(q, k.shape[2], causal=self.causal, grid=grid)
+        return attention(q, k, v, bias=bias, causal=self.causal, key_mask=key_mask, pair_mask=pair_mask)
