@@ -34,7 +34,7 @@ def ensure_browser() -> None:
 
 
 def step(name: str, *command: str, last: bool = False, **environment: str) -> None:
-    """Run ``python -m command`` from the repository's root; exit with its code on failure. Prints the time of all but the last."""
+    """Run ``python -m command`` from the root; exit with its code on failure. Prints the time of all but the last step."""
     print(f"== {name}: {' '.join(command)}", flush=True)
     start = time.perf_counter()
     code = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=os.environ | environment).returncode
