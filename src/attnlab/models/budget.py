@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 
@@ -43,10 +44,11 @@ def match_budget(
 ) -> Matched:
     """The width, a multiple of ``multiple_of``, at which ``build(width)`` has ``target`` parameters.
 
-    Counting runs on the meta device: nothing is allocated and nothing initialised.
+    Counting runs on the meta device: nothing is allocated and nothing initialised. The nearest width is taken; if it misses by
+    more than ``tolerance``, the hidden width of the channel mixer, between half and eight times the width, makes up for it.
 
     Args:
-        build: width to model.
+        build: width to model; the count must not fall as the width rises.
         target: parameters wanted.
         multiple_of: step of the width, such as the number of heads.
         tolerance: allowed relative error.
@@ -59,4 +61,54 @@ def match_budget(
     Raises:
         ValueError: if no width meets the target within ``tolerance``; the nearest is named.
     """
-    raise NotImplementedError
+    if target < 1 or multiple_of < 1 or max_width < multiple_of:
+        raise ValueError(
+            "target, multiple_of, max_width: expected positive integers, max_width >= multiple_of, "
+            f"got {target}, {multiple_of}, {max_width}"
+        )
+    widths = _nearest_widths(build, target, multiple_of, max_width)
+    width, parameters = widths[0]
+    best = Matched(width, None, parameters, parameters / target - 1.0)
+    if abs(best.relative_error) > tolerance and fine is not None:
+        matches = [_match_hidden(fine, width, target) for width, _ in widths]
+        best = min([best, *matches], key=lambda match: abs(match.relative_error))
+    if abs(best.relative_error) > tolerance:
+        raise ValueError(
+            f"target: no width that is a multiple of {multiple_of} gives {target} parameters within {tolerance:.1%}; the nearest "
+            f"is width {best.width} with {best.parameters} ({best.relative_error:+.1%}). Widen the tolerance, change the target, "
+            "or give a channel mixer whose hidden width can make up for it"
+        )
+    return best
+
+
+def _count(build: Callable[[], nn.Module]) -> int:
+    with torch.device("meta"):
+        return count_parameters(build())
+
+
+def _nearest_widths(build: Callable[[int], nn.Module], target: int, step: int, max_width: int) -> list[tuple[int, int]]:
+    """The widths on both sides of the target with their counts, the nearer first."""
+    counts: dict[int, int] = {}
+
+    def count(k: int) -> int:
+        if k not in counts:
+            counts[k] = _count(lambda: build(k * step))
+        return counts[k]
+
+    low, high, last = 1, 1, max_width // step
+    while high < last and count(high) < target:
+        low, high = high, min(2 * high, last)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) < target else (low, middle)
+    return sorted({(k * step, count(k)) for k in (low, high)}, key=lambda found: abs(found[1] - target))
+
+
+def _match_hidden(fine: Callable[[int, int], nn.Module], width: int, target: int) -> Matched:
+    """The hidden width at which ``width`` comes nearest; the count is affine in it."""
+    least, most = max(1, width // 2), 8 * width
+    base = _count(lambda: fine(width, least))
+    slope = _count(lambda: fine(width, least + 1)) - base
+    hidden = least if slope <= 0 else min(most, max(least, least + round((target - base) / slope)))
+    parameters = base + slope * (hidden - least)
+    return Matched(width, hidden, parameters, parameters / target - 1.0)

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import nn
 
 from attnlab.tasks.contract import Split, Task
+from attnlab.training.evaluation import evaluate
+from attnlab.training.optimizer import Schedule
 from attnlab.training.result import LogRow, TrainResult
-
-
-def evaluate(
-    model: nn.Module,
-    task: Task,
-    split: Split = "valid",
-    *,
-    batch_size: int = 64,
-    autocast: torch.dtype | None = None,
-) -> dict[str, float]:
-    """Mean metrics of ``model`` over all examples of ``split``, in evaluation mode; the mode is put back afterwards."""
-    raise NotImplementedError
+from attnlab.training.run import Recipe, Run
 
 
 def train(
@@ -34,7 +24,7 @@ def train(
     learning_rate: float,
     weight_decay: float = 0.01,
     warmup: float = 0.1,
-    schedule: Literal["cosine", "constant"] = "cosine",
+    schedule: Schedule = "cosine",
     seed: int = 0,
     clip: float | None = 1.0,
     autocast: torch.dtype | None = None,
@@ -46,7 +36,7 @@ def train(
     eval_split: Split | None = "valid",
     eval_batch_size: int = 64,
 ) -> TrainResult:
-    """Train ``model`` in place, where its parameters are.
+    """Train ``model`` in place, where its parameters are; a loss or gradient that is not finite ends it, without an exception.
 
     Args:
         model: maps ``(batch.inputs, mask=batch.mask)`` to logits.
@@ -56,14 +46,14 @@ def train(
         learning_rate: peak rate.
         weight_decay: AdamW's; not applied to vectors, nor to parameters that carry ``_no_weight_decay = True``.
         warmup: share of ``steps`` over which the rate rises linearly.
-        schedule: "cosine" to a tenth of a percent of the peak, or "constant".
-        seed: of the training batches and of what the model draws (dropout, stochastic depth).
+        schedule: "cosine" down to a thousandth of the peak, or "constant".
+        seed: of the training batches and of what the model draws; torch's own generators are left as they were.
         clip: global gradient norm to clip to, or None.
         autocast: dtype of mixed precision, or None.
         log_every: steps between rows of the history.
         callback: called with each row as it is logged.
-        checkpoint: folder of a checkpoint; one that is there is resumed from, and it is written at the end, at the time limit and
-            every ``checkpoint_every`` steps. On CPU a resumed run ends bit-equal to one that was never stopped.
+        checkpoint: a file; if it is there, training goes on from it, on CPU bit-equal to a run that was never stopped.
+            It is written every ``checkpoint_every`` steps, at the time limit, and at the end.
         checkpoint_every: steps between checkpoints.
         time_limit: seconds after which this call stops with status "time_limit".
         eval_split: what the final evaluation reads, or None for no evaluation.
@@ -72,4 +62,8 @@ def train(
     Raises:
         ValueError: for an argument out of range, or a checkpoint of another run.
     """
-    raise NotImplementedError
+    recipe = Recipe(steps, batch_size, learning_rate, weight_decay, warmup, schedule, seed, clip, autocast)
+    run = Run(model, task, recipe, log_every, callback, checkpoint, checkpoint_every, time_limit)
+    if not run.execute() or eval_split is None:
+        return run.result({})
+    return run.result(evaluate(model, task, eval_split, batch_size=eval_batch_size, autocast=autocast))

@@ -1,0 +1,98 @@
+"""Positions added to embedded tokens, counted over real tokens so that padding shifts nothing."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from attnlab.core.errors import UnknownNameError, nearest
+
+PositionName = Literal["none", "learned", "sinusoidal"]
+
+
+def token_positions(
+    batch: int, n: int, mask: Bool[Tensor, "b n"] | None, *, start: Int[Tensor, "b"] | None = None, device: torch.device
+) -> Int[Tensor, "#b n"]:
+    """The index of each token among the real ones of its sequence; a masked token has that of the real one before it, or 0.
+
+    Args:
+        batch: examples.
+        n: tokens.
+        mask: (batch, n), True marks a real token.
+        start: real tokens that came before, per example.
+        device: where to count.
+    """
+    if mask is None:
+        positions = torch.arange(n, device=device)[None]
+    else:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return positions if start is None else positions + start[:, None]
+
+
+def sinusoids(positions: Int[Tensor, "b n"], dim: int, dtype: torch.dtype) -> Float[Tensor, "b n {dim}"]:
+    r"""$\sin(p\,\omega_i)$ in the first half of the channels, $\cos$ in the second, $\omega_i = 10000^{-2i/d}$."""
+    half = (dim + 1) // 2
+    rates = torch.exp(torch.arange(half, device=positions.device, dtype=torch.float32) * (-2.0 * math.log(10000.0) / dim))
+    angles = positions[..., None].float() * rates
+    return torch.cat([angles.sin(), angles.cos()[..., : dim - half]], dim=-1).to(dtype)
+
+
+class PositionEmbedding(nn.Module):
+    """Adds a vector a position.
+
+    Args:
+        name: "none", "learned" (a table of ``max_length``) or "sinusoidal" (Vaswani et al. 2017).
+        dim: channels.
+        max_length: positions of the learned table.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        UnknownNameError: for an unknown name.
+        ValueError: for "learned" without ``max_length``.
+    """
+
+    def __init__(
+        self,
+        name: PositionName,
+        dim: int,
+        max_length: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if name not in get_args(PositionName):
+            hint = nearest(name, get_args(PositionName))
+            raise UnknownNameError(f"position: expected one of {get_args(PositionName)}, got {name!r}{hint}")
+        if name == "learned" and max_length is None:
+            raise ValueError("max_length: expected a positive integer with position='learned', got None")
+        self.name, self.max_length = name, max_length
+        self.table: nn.Parameter | None = None
+        if name == "learned" and max_length is not None:
+            self.table = nn.Parameter(torch.empty(max_length, dim, device=device, dtype=dtype).normal_(std=0.02))
+            self.table._no_weight_decay = True  # type: ignore[attr-defined]
+
+    def forward(self, x: Float[Tensor, "b n c"], positions: Int[Tensor, "#b n"]) -> Float[Tensor, "b n c"]:
+        """``x`` with its positions added.
+
+        Raises:
+            ValueError: for a position beyond the learned table.
+        """
+        if self.name == "sinusoidal":
+            return x + sinusoids(positions, x.shape[-1], x.dtype)
+        if self.table is None:
+            return x
+        return x + self.table[positions]
+
+    def check_length(self, length: int) -> None:
+        """ValueError if ``length`` tokens do not fit the learned table."""
+        if self.table is not None and self.max_length is not None and length > self.max_length:
+            raise ValueError(
+                f"tokens: expected at most max_length={self.max_length} of the learned positions, got {length}; "
+                "position='sinusoidal' or 'none' has no such limit"
+            )

@@ -1,0 +1,147 @@
+"""A stack of blocks from names: which mixer in which layer, with what options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnlab.channel_mixers import create_channel_mixer
+from attnlab.core.catalog import alternatives, create_mixer, mixer_info
+from attnlab.core.contract import Mixer
+from attnlab.core.errors import UnsupportedError
+from attnlab.core.info import MixerInfo
+from attnlab.models.block import Block, Placement
+from attnlab.models.norms import NormName
+
+MixerNames = str | Sequence[str]
+MixerOptions = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """What all blocks of a stack share.
+
+    Args:
+        channel_mixer: a registered channel mixer, or None for none.
+        channel_options: its own options, such as ``hidden``.
+        norm: the norm of every block.
+        placement: "pre", "post" or "sandwich".
+        parallel: mixer and channel mixer side by side.
+        layer_scale: initial LayerScale, or None.
+        drop_path: stochastic depth of the last block; it rises linearly from 0 at the first.
+        generator: what stochastic depth draws from.
+    """
+
+    channel_mixer: str | None = "mlp"
+    channel_options: Mapping[str, Any] = field(default_factory=dict)
+    norm: NormName = "rms_norm"
+    placement: Placement = "pre"
+    parallel: bool = False
+    layer_scale: float | None = None
+    drop_path: float = 0.0
+    generator: torch.Generator | None = None
+
+
+def layer_schedule(depth: int, mixer: MixerNames, options: MixerOptions | None) -> list[tuple[str, dict[str, Any]]]:
+    """Name and options of the mixer in each of ``depth`` layers.
+
+    Args:
+        depth: layers.
+        mixer: a name, or several that are repeated in turn.
+        options: the options of all, or one mapping a name.
+
+    Raises:
+        ValueError: if ``depth`` is not positive, or the options are not as many as the names.
+    """
+    if depth < 1:
+        raise ValueError(f"depth: expected a positive integer, got {depth}")
+    names = [mixer] if isinstance(mixer, str) else list(mixer)
+    if not names:
+        raise ValueError("mixer: expected at least one name, got none")
+    if options is None or isinstance(options, Mapping):
+        each = [dict(options or {}) for _ in names]
+    else:
+        each = [dict(one) for one in options]
+    if len(each) != len(names):
+        raise ValueError(f"mixer_options: expected one mapping, or {len(names)} as there are mixers, got {len(each)}")
+    return [(names[i % len(names)], each[i % len(names)]) for i in range(depth)]
+
+
+def build_mixer(
+    name: str,
+    dim: int,
+    options: Mapping[str, Any],
+    *,
+    causal: bool,
+    num_heads: int | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> Mixer:
+    """The mixer ``name`` for a model; ``num_heads``, ``device`` and ``dtype`` go only to those that have these options."""
+    known = {option.name for option in mixer_info(name).options}
+    given: dict[str, Any] = {"num_heads": num_heads, "device": device, "dtype": dtype}
+    wanted = {key: value for key, value in given.items() if value is not None and key in known}
+    if causal and "causal" in known:
+        wanted["causal"] = True
+    return create_mixer(name, dim, **{**wanted, **options})
+
+
+def require_causal(name: str) -> None:
+    """UnsupportedError, naming those that can, if the mixer ``name`` has no causal form on sequences."""
+    info = mixer_info(name)
+    if info.supports.causal == "no":
+        raise UnsupportedError(
+            name, "a causal language model", "its definition reads the future", alternatives(info, causal=True, grid=1)
+        )
+    require_sequence(info, causal=True)
+
+
+def require_sequence(info: MixerInfo, **also: object) -> None:
+    """UnsupportedError if a mixer takes no flat sequence."""
+    if 1 not in info.supports.grid:
+        raise UnsupportedError(
+            info.name,
+            "a sequence of tokens",
+            f"it needs a grid of rank {sorted(info.supports.grid)}",
+            alternatives(info, grid=1, **also),
+        )
+
+
+def build_blocks(
+    dim: int,
+    schedule: Sequence[tuple[str, Mapping[str, Any]]],
+    options: BlockOptions,
+    *,
+    causal: bool,
+    num_heads: int | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.ModuleList:
+    """One `Block` a layer of ``schedule``."""
+    blocks = []
+    for index, (name, own) in enumerate(schedule):
+        mixer = build_mixer(name, dim, own, causal=causal, num_heads=num_heads, device=device, dtype=dtype)
+        channel = None
+        if options.channel_mixer is not None:
+            channel = create_channel_mixer(
+                options.channel_mixer, dim, **{"device": device, "dtype": dtype, **options.channel_options}
+            )
+        block = Block(
+            dim,
+            mixer,
+            channel,
+            norm=options.norm,
+            placement=options.placement,
+            parallel=options.parallel,
+            layer_scale=options.layer_scale,
+            drop_path=options.drop_path * index / max(1, len(schedule) - 1),
+            generator=options.generator,
+            device=device,
+            dtype=dtype,
+        )
+        blocks.append(block)
+    return nn.ModuleList(blocks)

@@ -1,0 +1,33 @@
+"""Metrics that tasks share, as sums and counts."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from attnlab.tasks.contract import IGNORE, Batch
+
+Scores = dict[str, tuple[float, float]]
+
+
+def token_accuracy(logits: Float[Tensor, "b n k"] | Float[Tensor, "b k"], batch: Batch) -> Scores:
+    """``accuracy``: right answers over targets that take part; ``loss``: their cross-entropy in nats."""
+    takes_part = batch.targets != IGNORE
+    count = float(takes_part.sum())
+    right = ((logits.argmax(-1) == batch.targets) & takes_part).sum()
+    return {"accuracy": (float(right), count), "loss": (_nats(logits, batch), count)}
+
+
+def bits_per_byte(logits: Float[Tensor, "b n k"], batch: Batch) -> Scores:
+    """``bits_per_byte``: cross-entropy in bits over targets that take part; ``loss``: the same in nats."""
+    count = float((batch.targets != IGNORE).sum())
+    nats = _nats(logits, batch)
+    return {"bits_per_byte": (nats / math.log(2.0), count), "loss": (nats, count)}
+
+
+def _nats(logits: Tensor, batch: Batch) -> float:
+    flat = logits.flatten(0, -2).float()
+    return float(F.cross_entropy(flat, batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"))

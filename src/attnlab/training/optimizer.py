@@ -1,0 +1,48 @@
+"""The optimiser and its learning rate over the steps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Schedule = Literal["cosine", "constant"]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay; vectors, scalars and what carries ``_no_weight_decay = True`` without."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decays = [parameter.dim() > 1 and not getattr(parameter, "_no_weight_decay", False) for parameter in trained]
+    groups = []
+    for decay, rate in ((True, weight_decay), (False, 0.0)):
+        chosen = [parameter for parameter, own in zip(trained, decays, strict=True) if own == decay]
+        if chosen:
+            groups.append({"params": chosen, "weight_decay": rate})
+    return groups
+
+
+def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with betas 0.9 and 0.98, fused where the parameters allow it."""
+    real = all(parameter.is_floating_point() for parameter in model.parameters())
+    groups = parameter_groups(model, weight_decay)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=real or None)
+
+
+def rate_factor(step: int, steps: int, warmup: float, schedule: Schedule) -> float:
+    """Learning rate of ``step`` (from 0) over the peak: a linear rise, then constant or half a cosine down to 0.001.
+
+    Args:
+        step: the step about to be done.
+        steps: steps in all.
+        warmup: share of the steps in which it rises.
+        schedule: "cosine" or "constant".
+    """
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    if schedule == "constant":
+        return 1.0
+    done = (step - rise) / max(1, steps - rise)
+    return 0.001 + 0.999 * 0.5 * (1.0 + math.cos(math.pi * done))
