@@ -121,8 +121,11 @@ class Registry(Generic[T]):
 
 
 _REGISTRIES: dict[str, Registry[Any]] = {}
+_ROOMS = ("core.catalog", "positions", "channel_mixers", "models", "tasks")
 
 
 def all_registries() -> dict[str, Registry[Any]]:
-    """Every registry by its kind."""
+    """Every registry by its kind; the rooms that have one are imported."""
+    for room in _ROOMS:
+        importlib.import_module(f"attnlab.{room}")
     return dict(_REGISTRIES)

@@ -12,8 +12,22 @@ from torch import Tensor, nn
 
 from attnlab.core.contract import Mixer, StreamingMixer
 from attnlab.core.grid import Grid
+from attnlab.core.info import Supports
 from attnlab.core.state import State
 from attnlab.positions import create_position
+
+# What attention over explicit pairs of query and key promises.
+DENSE = Supports(
+    causal="optional",
+    cross=True,
+    pair_mask=True,
+    streaming=True,
+    grid=frozenset({1, 2, 3}),
+    mixing_matrix=True,
+    permutation_equivariant=True,
+    state="grows",
+    cost=2,
+)
 
 
 class AttentionOptions(TypedDict, total=False):
@@ -95,6 +109,7 @@ class AttentionMixer(Mixer):
         k: Float[Tensor, "b hk m d"],
         v: Float[Tensor, "b hk m e"],
         *,
+        query_mask: Bool[Tensor, "b n"] | None,
         key_mask: Bool[Tensor, "b m"] | None,
         pair_mask: Bool[Tensor, "#b #h n m"] | None,
         grid: Grid | None,
@@ -102,7 +117,9 @@ class AttentionMixer(Mixer):
         """The operator. The last query stands at the last key where causal."""
         raise NotImplementedError(f"{type(self).__name__} is abstract: implement attend")
 
-    def weigh_heads(self, heads: Float[Tensor, "b h n e"], x: Float[Tensor, "b n c"]) -> Float[Tensor, "b h n e"]:
+    def weigh_heads(
+        self, heads: Float[Tensor, "b h n e"], x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None
+    ) -> Float[Tensor, "b h n e"]:
         """A factor a head and token before the output projection; nothing here."""
         return heads
 
@@ -120,9 +137,11 @@ class AttentionMixer(Mixer):
             q, k = self.position.encode(q, index), self.position.encode(k, index)
         return q, k, v
 
-    def join(self, heads: Float[Tensor, "b h n e"], x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+    def join(
+        self, heads: Float[Tensor, "b h n e"], x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None
+    ) -> Float[Tensor, "b n c"]:
         """Heads back to tokens."""
-        return self.out_proj(rearrange(self.weigh_heads(heads, x), "b h n e -> b n (h e)"))
+        return self.out_proj(rearrange(self.weigh_heads(heads, x, mask), "b h n e -> b n (h e)"))
 
     def mix(
         self,
@@ -137,11 +156,9 @@ class AttentionMixer(Mixer):
         """Project, attend, project back."""
         q, k, v = self.project(x, context)
         key_mask = mask if context is None else context_mask
-        heads = self.attend(q, k, v, key_mask=key_mask, pair_mask=pair_mask, grid=grid)
-        self.emit("values", lambda: v.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1))
-        self.emit("mixed", heads)
-        self.emit("attention", lambda: self._on_identity(q, k, key_mask, pair_mask, grid))
-        return self.join(heads, x)
+        heads = self.attend(q, k, v, query_mask=mask, key_mask=key_mask, pair_mask=pair_mask, grid=grid)
+        self.show(q, k, v, heads, query_mask=mask, key_mask=key_mask, pair_mask=pair_mask, grid=grid)
+        return self.join(heads, x, mask)
 
     def matrix(
         self,
@@ -155,13 +172,33 @@ class AttentionMixer(Mixer):
     ) -> Float[Tensor, "b h n m"]:
         """What `attend` makes of identity values."""
         q, k, _ = self.project(x, context)
-        return self._on_identity(q, k, mask if context is None else context_mask, pair_mask, grid)
+        key_mask = mask if context is None else context_mask
+        return self.attend(q, k, self.identity(k), query_mask=mask, key_mask=key_mask, pair_mask=pair_mask, grid=grid)
 
-    def _on_identity(
-        self, q: Tensor, k: Tensor, key_mask: Tensor | None, pair_mask: Tensor | None, grid: Grid | None
-    ) -> Float[Tensor, "b h n m"]:
-        identity = torch.eye(k.shape[2], device=k.device, dtype=k.dtype).expand(*k.shape[:2], -1, -1)
-        return self.attend(q, k, identity, key_mask=key_mask, pair_mask=pair_mask, grid=grid)
+    def show(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b hk m d"],
+        v: Float[Tensor, "b hk m e"],
+        heads: Float[Tensor, "b h n e"],
+        *,
+        query_mask: Bool[Tensor, "b n"] | None,
+        key_mask: Bool[Tensor, "b m"] | None,
+        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        grid: Grid | None,
+    ) -> None:
+        """Emit "values", "mixed" and, if anyone wants it, the map between them, "attention"."""
+        self.emit("values", lambda: v.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1))
+        self.emit("mixed", heads)
+        self.emit(
+            "attention",
+            lambda: self.attend(q, k, self.identity(k), query_mask=query_mask, key_mask=key_mask, pair_mask=pair_mask, grid=grid),
+        )
+
+    @staticmethod
+    def identity(k: Float[Tensor, "b hk m d"]) -> Float[Tensor, "b hk m m"]:
+        """Values whose mix is the map itself."""
+        return torch.eye(k.shape[2], device=k.device, dtype=k.dtype).expand(*k.shape[:2], -1, -1)
 
 
 class CachedAttention(AttentionMixer, StreamingMixer):
@@ -197,11 +234,12 @@ class CachedAttention(AttentionMixer, StreamingMixer):
         if mask is not None or real.shape[1]:
             past = real if real.shape[1] == kept else real.new_ones(x.shape[0], kept)
             real = torch.cat((past, real.new_ones(x.shape[0], n) if mask is None else mask), dim=1)
-        heads = self.attend(q, k, v, key_mask=real if real.shape[1] else None, pair_mask=None, grid=None)
+        key_mask = real if real.shape[1] else None
+        heads = self.attend(q, k, v, query_mask=mask, key_mask=key_mask, pair_mask=None, grid=None)
         after = {
             "k": self.trim(k, 2),
             "v": self.trim(v, 2),
             "real": self.trim(real, 1) if real.shape[1] else real.clone(),
             "position": state["position"] + n,
         }
-        return self.join(heads, x), State(after)
+        return self.join(heads, x, mask), State(after)

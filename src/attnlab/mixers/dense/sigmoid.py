@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import Unpack
 
 from attnlab.core.catalog import mixers
 from attnlab.core.grid import Grid
-from attnlab.mixers.attention import AttentionOptions, CachedAttention
-from attnlab.mixers.dense.softmax import DENSE
+from attnlab.mixers.attention import DENSE, AttentionOptions, CachedAttention
+from attnlab.mixers.parts.counts import key_counts
 from attnlab.ops.attention import attention
 
 
@@ -61,6 +60,7 @@ class SigmoidAttention(CachedAttention):
         k: Float[Tensor, "b hk m d"],
         v: Float[Tensor, "b hk m e"],
         *,
+        query_mask: Bool[Tensor, "b n"] | None,
         key_mask: Bool[Tensor, "b m"] | None,
         pair_mask: Bool[Tensor, "#b #h n m"] | None,
         grid: Grid | None,
@@ -68,7 +68,10 @@ class SigmoidAttention(CachedAttention):
         """Sigmoid weights over the allowed keys."""
         heat = math.exp(self.log_temperature)
         bias = self.position.bias(q, k.shape[2], causal=self.causal, grid=grid)
-        shift = self._logit_bias(q, k.shape[2], key_mask, pair_mask)
+        if isinstance(self.logit_bias, str):
+            shift = -key_counts(q, k.shape[2], causal=self.causal, key_mask=key_mask, pair_mask=pair_mask).log()
+        else:
+            shift = q.new_full((1, 1, 1, 1), self.logit_bias)
         bias = shift if bias is None else bias * heat + shift
         return attention(
             q,
@@ -81,24 +84,3 @@ class SigmoidAttention(CachedAttention):
             pair_mask=pair_mask,
             normalizer="sigmoid",
         )
-
-    def _logit_bias(
-        self, q: Tensor, num_keys: int, key_mask: Tensor | None, pair_mask: Tensor | None
-    ) -> Float[Tensor, "#b #h #n 1"]:
-        if not isinstance(self.logit_bias, str):
-            return q.new_full((1, 1, 1, 1), self.logit_bias)
-        n = q.shape[2]
-        if pair_mask is not None:
-            allowed = pair_mask if key_mask is None else pair_mask & key_mask[:, None, None, :]
-            if self.causal:
-                allowed = allowed.tril(num_keys - n)
-            count = allowed.sum(dim=-1, keepdim=True)
-        elif self.causal:
-            last = torch.arange(num_keys - n, num_keys, device=q.device)
-            count = last[None] + 1 if key_mask is None else key_mask.cumsum(dim=1)[:, num_keys - n :]
-            count = count[:, None, :, None]
-        elif key_mask is not None:
-            count = key_mask.sum(dim=1)[:, None, None, None]
-        else:
-            count = torch.full((1, 1, 1, 1), num_keys, device=q.device)
-        return -count.clamp(min=1).to(q.dtype).log()

@@ -7,21 +7,8 @@ from torch import Tensor
 
 from attnlab.core.catalog import mixers
 from attnlab.core.grid import Grid
-from attnlab.core.info import Supports
-from attnlab.mixers.attention import CachedAttention
+from attnlab.mixers.attention import DENSE, CachedAttention
 from attnlab.ops.attention import attention
-
-DENSE = Supports(
-    causal="optional",
-    cross=True,
-    pair_mask=True,
-    streaming=True,
-    grid=frozenset({1, 2, 3}),
-    mixing_matrix=True,
-    permutation_equivariant=True,
-    state="grows",
-    cost=2,
-)
 
 
 @mixers.register("softmax", family="dense", supports=DENSE)
@@ -45,6 +32,7 @@ class SoftmaxAttention(CachedAttention):
         k: Float[Tensor, "b hk m d"],
         v: Float[Tensor, "b hk m e"],
         *,
+        query_mask: Bool[Tensor, "b n"] | None,
         key_mask: Bool[Tensor, "b m"] | None,
         pair_mask: Bool[Tensor, "#b #h n m"] | None,
         grid: Grid | None,

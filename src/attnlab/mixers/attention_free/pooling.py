@@ -1,0 +1,100 @@
+"""Pooling: the mean of the neighbourhood minus the token, without any parameter."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from attnlab.core.catalog import mixers
+from attnlab.core.contract import Mixer
+from attnlab.core.grid import Grid, from_grid, to_grid
+from attnlab.core.info import Supports
+
+_POOLS = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+
+
+@mixers.register(
+    "pooling",
+    family="attention_free",
+    paper="metaformer-poolformer",
+    supports=Supports(grid=frozenset({1, 2, 3}), mixing_matrix=True, cost=1),
+)
+class Pooling(Mixer):
+    r"""Average pooling as token mixer (Yu et al. 2021, MetaFormer, equation 4).
+
+    $$y_i = \frac{1}{|N(i)|} \sum_{j \in N(i)} x_j - x_i$$
+
+    with N(i) the real tokens in a window of ``size`` cells a side around i, inside the grid. The token itself is subtracted
+    because the block adds it again. Time O(n C), no parameters.
+
+    Args:
+        dim: width of the tokens.
+        num_heads: of the common signature; the mechanism has no heads.
+        causal: always False.
+        size: side of the window, odd.
+        device: of the common signature; there are no parameters.
+        dtype: of the common signature; there are no parameters.
+
+    Raises:
+        UnsupportedError: with ``causal=True``.
+        ValueError: for an even size.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 1,
+        *,
+        causal: bool = False,
+        size: int = 3,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, num_heads, causal=causal)
+        if size < 1 or size % 2 == 0:
+            raise ValueError(f"size: expected an odd number, got {size}")
+        self.size = size
+
+    def mix(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m c2"] | None,
+        *,
+        mask: Bool[Tensor, "b n"] | None,
+        context_mask: Bool[Tensor, "b m"] | None,
+        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        grid: Grid,
+    ) -> Float[Tensor, "b n c"]:
+        """The mean of the window's real tokens minus the token."""
+        y = self._pool(x, mask, grid)
+        self.emit("values", x.unsqueeze(1))
+        self.emit("mixed", y.unsqueeze(1))
+        return y
+
+    def matrix(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m c2"] | None,
+        *,
+        mask: Bool[Tensor, "b n"] | None,
+        context_mask: Bool[Tensor, "b m"] | None,
+        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        grid: Grid,
+    ) -> Float[Tensor, "b h n m"]:
+        """What pooling makes of the identity (b, 1, n, n)."""
+        identity = torch.eye(x.shape[1], device=x.device, dtype=x.dtype).expand(x.shape[0], -1, -1)
+        if mask is not None:
+            identity = identity.masked_fill(~mask.unsqueeze(-1), 0.0)
+        return self._pool(identity, mask, grid).unsqueeze(1)
+
+    def _pool(self, x: Float[Tensor, "b n e"], mask: Tensor | None, grid: Grid) -> Float[Tensor, "b n e"]:
+        pool = _POOLS[len(grid) - 1]
+        half = self.size // 2
+        real = torch.ones_like(x[..., :1]) if mask is None else mask.unsqueeze(-1).to(x.dtype)
+        # Both are means over the full window with zeros outside; their quotient is the mean over the real tokens.
+        total = pool(to_grid(x, grid), self.size, stride=1, padding=half)
+        share = pool(to_grid(real, grid), self.size, stride=1, padding=half)
+        share = share.masked_fill(share == 0, 1.0)
+        return from_grid(total / share) - x

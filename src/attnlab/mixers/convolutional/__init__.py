@@ -1,0 +1,1 @@
+"""Convolutions and gates in place of attention."""

@@ -1,0 +1,1 @@
+"""Attention whose heads are chosen, weighed or shared."""

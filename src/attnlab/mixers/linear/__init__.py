@@ -1,0 +1,1 @@
+"""Attention without a softmax over keys: a running sum of outer products, linear in the number of tokens."""

@@ -1,0 +1,1 @@
+"""Attention to a neighbourhood or a part of the tokens."""

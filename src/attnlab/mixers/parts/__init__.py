@@ -1,0 +1,1 @@
+"""Parts that mixers of several families share; none is registered."""

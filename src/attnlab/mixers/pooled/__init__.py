@@ -1,0 +1,1 @@
+"""A few summaries stand between queries and keys."""

@@ -1,0 +1,194 @@
+"""Agent attention: a few pooled queries read the sequence by softmax and hand it on by softmax."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from attnlab.core.catalog import mixers
+from attnlab.core.grid import Grid, from_grid, to_grid
+from attnlab.core.info import Supports
+from attnlab.core.masks import zero_masked
+from attnlab.mixers.attention import AttentionMixer, AttentionOptions
+from attnlab.mixers.pooled.agent_bias import AgentBias
+from attnlab.mixers.pooled.agents import pool_grid, pool_sequence
+from attnlab.ops.attention import attention
+
+
+@mixers.register(
+    "agent",
+    family="pooled",
+    paper="agent-attention",
+    supports=Supports(cross=True, grid=frozenset({1, 2}), mixing_matrix=True, cost=1),
+    example={"num_agents": 4},
+)
+class AgentAttention(AttentionMixer):
+    r"""Attention in two steps through ``num_agents`` pooled queries (Han et al. 2023, equations 3 to 6).
+
+    For one head with queries $Q \in \mathbb{R}^{n \times d}$, keys and values $K, V$, agents $A = \mathrm{pool}(Q) \in
+    \mathbb{R}^{a \times d}$ and $s = d^{-1/2}$:
+
+    $$V_A = \mathrm{softmax}(s\,A K^\top + B_1)\,V, \qquad O = \mathrm{softmax}(s\,Q A^\top + B_2)\,V_A + \mathrm{DWC}(V)$$
+
+    Time O((n + m) a d), memory O((n + m) d). Masked tokens take no part in the pooling, in either softmax, or in DWC. The mixing
+    matrix is the product of the two softmax maps; DWC is outside of it.
+
+    Args:
+        dim: width of the tokens.
+        num_heads: heads; each has its own agents.
+        num_agents: a; on a 2-D grid a square number.
+        bias_grid: sides of the tokens' grid for the authors' learned biases B1, B2, which fix the grid; None: no biases.
+        dwc: the 3 x 3 depthwise convolution on V (self-attention alone); a sequence is a grid of height 1.
+        reduction: side of the cells to which a strided convolution and a LayerNorm shrink the keys' and values' source (the
+            authors' pyramid models); needs a 2-D grid.
+        class_token: the first token is outside the grid, is no part of agents and DWC, and is key and query. The grid is that
+            of ``bias_grid`` if it is not given.
+        **options: those of `AttentionMixer`.
+
+    Raises:
+        UnsupportedError: with ``causal=True`` (agents pool over the future), and for a grid other than ``bias_grid``.
+        ValueError: for agents that are no square on a 2-D grid.
+
+    Differs from the paper: on a sequence agents are means of adaptive segments of the real tokens.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        num_agents: int = 49,
+        bias_grid: Grid | None = None,
+        dwc: bool = True,
+        reduction: int = 1,
+        class_token: bool = False,
+        **options: Unpack[AttentionOptions],
+    ) -> None:
+        super().__init__(dim, num_heads, **options)
+        if num_agents < 1 or reduction < 1:
+            raise ValueError(f"num_agents, reduction: expected at least 1, got {num_agents} and {reduction}")
+        if class_token and reduction > 1:
+            raise ValueError(f"reduction: expected 1 with class_token=True, got {reduction}")
+        place: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
+        self.num_agents, self.bias_grid, self.reduction = num_agents, bias_grid, reduction
+        self.num_prefix = int(class_token)
+        self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **place) if dwc else None
+        self.shrink = nn.Conv2d(dim, dim, reduction, stride=reduction, **place) if reduction > 1 else None
+        self.shrink_norm = nn.LayerNorm(dim, **place) if reduction > 1 else None
+        self.key_bias = self.query_bias = None
+        if bias_grid is not None:
+            keys = (bias_grid[0] // reduction, bias_grid[1] // reduction)
+            self.key_bias = AgentBias(num_heads, num_agents, keys, num_prefix=self.num_prefix, **place)
+            self.query_bias = AgentBias(num_heads, num_agents, bias_grid, num_prefix=self.num_prefix, **place)
+
+    def attend(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b hk m d"],
+        v: Float[Tensor, "b hk m e"],
+        *,
+        query_mask: Bool[Tensor, "b n"] | None,
+        key_mask: Bool[Tensor, "b m"] | None,
+        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        grid: Grid | None,
+    ) -> Float[Tensor, "b h n e"]:
+        """Agents read the keys, queries read the agents."""
+        agents, alive = self._agents(q, query_mask, grid)
+        bias_k = None if self.key_bias is None else self.key_bias()
+        bias_q = None if self.query_bias is None else self.query_bias().transpose(-1, -2)
+        summary = attention(agents, k, v, bias=bias_k, key_mask=key_mask)
+        # Without any key the summaries are zero, and so is what queries read.
+        return attention(q, agents, summary, bias=bias_q, key_mask=alive)
+
+    def mix(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m c2"] | None,
+        *,
+        mask: Bool[Tensor, "b n"] | None,
+        context_mask: Bool[Tensor, "b m"] | None,
+        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        grid: Grid,
+    ) -> Float[Tensor, "b n c"]:
+        """Both steps, the local term, the output projection."""
+        grid = self._check_grid(grid)
+        source, key_mask = self._source(x, context, mask, context_mask, grid)
+        q, k, v = self.project(x, source)
+        heads = self.attend(q, k, v, query_mask=mask, key_mask=key_mask, pair_mask=None, grid=grid)
+        self.show(q, k, v, heads, query_mask=mask, key_mask=key_mask, pair_mask=None, grid=grid)
+        y = rearrange(heads, "b h n d -> b n (h d)")
+        if self.dwc is not None and context is None:
+            y = y + self._local(rearrange(v, "b h m d -> b m (h d)"), key_mask, grid)
+        return self.out_proj(y)
+
+    def matrix(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m c2"] | None,
+        *,
+        mask: Bool[Tensor, "b n"] | None,
+        context_mask: Bool[Tensor, "b m"] | None,
+        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        grid: Grid,
+    ) -> Float[Tensor, "b h n m"]:
+        """The product of the two softmax maps."""
+        grid = self._check_grid(grid)
+        source, key_mask = self._source(x, context, mask, context_mask, grid)
+        q, k, _ = self.project(x, source)
+        return self.attend(q, k, self.identity(k), query_mask=mask, key_mask=key_mask, pair_mask=None, grid=grid)
+
+    def _check_grid(self, grid: Grid) -> Grid:
+        if self.bias_grid is None:
+            return grid
+        if len(grid) == 1 and math.prod(self.bias_grid) == grid[0]:
+            return self.bias_grid
+        if tuple(grid) != tuple(self.bias_grid):
+            raise self._refusal(f"the grid {grid}", f"its biases were built for bias_grid={tuple(self.bias_grid)}")
+        return grid
+
+    def _source(
+        self, x: Tensor, context: Tensor | None, mask: Tensor | None, context_mask: Tensor | None, grid: Grid
+    ) -> tuple[Float[Tensor, "b m c"] | None, Bool[Tensor, "b m"] | None]:
+        if context is not None:
+            return context, context_mask
+        if self.shrink is None or self.shrink_norm is None:
+            return None, mask
+        if len(grid) != 2:
+            raise self._refusal("reduction on a sequence", "the strided convolution needs a grid of rank 2")
+        small = self.shrink_norm(from_grid(self.shrink(to_grid(x, grid))))
+        if mask is None:
+            return small, None
+        real = F.max_pool2d(to_grid(mask.unsqueeze(-1).to(x.dtype), grid), self.reduction, stride=self.reduction)
+        return small, real.flatten(1) > 0
+
+    def _agents(
+        self, q: Float[Tensor, "b h n d"], mask: Bool[Tensor, "b n"] | None, grid: Grid | None
+    ) -> tuple[Float[Tensor, "b h a d"], Bool[Tensor, "b a"] | None]:
+        tokens = rearrange(q[:, :, self.num_prefix :], "b h n d -> b n (h d)")
+        real = None if mask is None else mask[:, self.num_prefix :]
+        if grid is not None and len(grid) == 2:
+            side = math.isqrt(self.num_agents)
+            if side * side != self.num_agents:
+                raise ValueError(f"num_agents: expected a square number on a 2-D grid, got {self.num_agents}")
+            pooled, alive = pool_grid(tokens, real, grid, (side, side))
+        else:
+            pooled, alive = pool_sequence(tokens, real, self.num_agents)
+        return rearrange(pooled, "b a (h d) -> b h a d", h=self.num_heads), alive
+
+    def _local(self, v: Float[Tensor, "b m c"], key_mask: Bool[Tensor, "b m"] | None, grid: Grid) -> Float[Tensor, "b n c"]:
+        """DWC of the values on the full grid; tokens in front of the grid get nothing."""
+        prefix = self.num_prefix
+        v = zero_masked(v, key_mask)[:, prefix:]
+        image_grid = (1, *grid) if len(grid) == 1 else grid
+        if self.reduction > 1:
+            small = (grid[0] // self.reduction, grid[1] // self.reduction)
+            image = F.interpolate(to_grid(v, small), size=grid, mode="bilinear", align_corners=False)
+        else:
+            image = to_grid(v, image_grid)
+        return F.pad(from_grid(self.dwc(image)), (0, 0, prefix, 0))  # type: ignore[misc]

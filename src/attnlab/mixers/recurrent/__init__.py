@@ -1,0 +1,1 @@
+"""Recurrent state-space mixers."""
