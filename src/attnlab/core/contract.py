@@ -13,7 +13,7 @@ from attnlab.core.catalog import alternatives
 from attnlab.core.errors import UnsupportedError
 from attnlab.core.grid import Grid, resolve_grid
 from attnlab.core.info import MixerInfo, Supports
-from attnlab.core.masks import check_mask, check_pair_mask, zero_masked
+from attnlab.core.masks import answered_queries, check_mask, check_pair_mask, zero_masked
 from attnlab.core.record import emit, recording
 from attnlab.core.state import State
 
@@ -22,7 +22,8 @@ class Mixer(nn.Module):
     """A token mixer: tokens (batch, n, dim) in, tokens of the same shape out.
 
     A subclass implements `mix`, and `matrix` where it promises a mixing matrix. `forward` validates, refuses what
-    ``info.supports`` does not promise, zeroes what stands at masked tokens before anything reads it, and zeroes the output there.
+    ``info.supports`` does not promise, zeroes what stands at masked tokens before anything reads it, and zeroes the output there
+    and at queries that the masks leave no key.
 
     Args:
         dim: width of the tokens.
@@ -92,7 +93,10 @@ class Mixer(nn.Module):
         grid = self._validate(x, context, mask, context_mask, pair_mask, grid)
         x, context = zero_masked(x, mask), None if context is None else zero_masked(context, context_mask)
         y = self.mix(x, context, mask=mask, context_mask=context_mask, pair_mask=pair_mask, grid=grid)
-        return zero_masked(y, mask)
+        # a query without a key gives 0, whatever biases and residual branches would add
+        key_mask, keys = (mask, x) if context is None else (context_mask, context)
+        answered = answered_queries(x, keys.shape[1], causal=self.causal, mask=mask, key_mask=key_mask, pair_mask=pair_mask)
+        return zero_masked(y, answered)
 
     def mixing_matrix(
         self,

@@ -65,3 +65,23 @@ def allowed_pairs(
         triangle = causal_pairs(num_queries, num_keys, device)[None, None]
         allowed = triangle if allowed is None else allowed & triangle
     return allowed
+
+
+def answered_queries(
+    x: Float[Tensor, "b n c"],
+    num_keys: int,
+    *,
+    causal: bool,
+    mask: Bool[Tensor, "b n"] | None,
+    key_mask: Bool[Tensor, "b m"] | None,
+    pair_mask: Bool[Tensor, "#b #h n m"] | None,
+) -> Bool[Tensor, "b n"] | None:
+    """True at real tokens that have a key to use in some head, or None where all have."""
+    batch, n = x.shape[:2]
+    if pair_mask is None and (key_mask is None or key_mask is mask):
+        return mask  # a real token may always use itself
+    allowed = allowed_pairs(n, num_keys, causal=causal, key_mask=key_mask, pair_mask=pair_mask, device=x.device)
+    if allowed is None:
+        return mask
+    answered = allowed.any(dim=-1).any(dim=1).expand(batch, n)
+    return answered if mask is None else answered & mask
