@@ -1,0 +1,168 @@
+"""What a check works on: the mixer under check in all its forms, drawn inputs, and measurements."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from attnlab.checking.draw import Draw
+from attnlab.checking.outcome import NotApplicable
+from attnlab.checking.subject import Subject
+from attnlab.core.contract import Mixer
+from attnlab.core.grid import Grid
+from attnlab.core.info import Supports
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much is drawn.
+
+    Args:
+        name: as `attnlab.check(profile=...)` takes it.
+        cases: draws for each form (causal or not) and grid rank.
+        splits: random splits of each streamed sequence.
+        lengths: awkward lengths.
+    """
+
+    name: str
+    cases: int
+    splits: int
+    lengths: tuple[int, ...]
+
+
+PROFILES = {
+    "default": Profile("default", cases=1, splits=2, lengths=(1, 3, 17, 65)),
+    "thorough": Profile("thorough", cases=8, splits=12, lengths=(1, 2, 3, 5, 17, 31, 33, 63, 64, 65, 129, 257)),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of `Mixer.forward`."""
+
+    x: Float[Tensor, "b n c"]
+    context: Float[Tensor, "b m c2"] | None = None
+    mask: Bool[Tensor, "b n"] | None = None
+    context_mask: Bool[Tensor, "b m"] | None = None
+    pair_mask: Bool[Tensor, "#b #h n m"] | None = None
+    grid: Grid | None = None
+
+    def apply(self, mixer: Mixer) -> Float[Tensor, "b n c"]:
+        """The output of ``mixer``."""
+        return mixer(
+            self.x,
+            self.context,
+            mask=self.mask,
+            context_mask=self.context_mask,
+            pair_mask=self.pair_mask,
+            grid=self.grid,
+        )
+
+    def matrix(self, mixer: Mixer) -> Float[Tensor, "b h n m"]:
+        """The mixing matrix of ``mixer``."""
+        return mixer.mixing_matrix(
+            self.x,
+            self.context,
+            mask=self.mask,
+            context_mask=self.context_mask,
+            pair_mask=self.pair_mask,
+            grid=self.grid,
+        )
+
+    def map_tokens(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same with ``change`` applied to ``x`` and ``context``."""
+        return replace(self, x=change(self.x), context=None if self.context is None else change(self.context))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One mixer with one drawn input; as text, what must be said to draw it again."""
+
+    mixer: Mixer
+    inputs: Inputs
+    causal: bool
+
+    def __str__(self) -> str:
+        batch, n = self.inputs.x.shape[:2]
+        return f"causal={self.causal}, batch {batch}, n={n}, grid {self.inputs.grid}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Output and gradients (of a random projection of the output, by name: "x", "context", and the parameters)."""
+
+    output: Tensor
+    gradients: dict[str, Tensor]
+
+
+def measure(mixer: Mixer, inputs: Inputs, *, train: bool = False) -> Measured:
+    """Run ``mixer`` forward and backward; in training mode on a copy, with the global generator at a fixed seed."""
+    if train:
+        mixer = copy.deepcopy(mixer).train()
+        torch.manual_seed(0)
+    inputs = inputs.map_tokens(lambda tokens: tokens.detach().clone().requires_grad_())
+    leaves = {"x": inputs.x, **({} if inputs.context is None else {"context": inputs.context}), **dict(mixer.named_parameters())}
+    output = inputs.apply(mixer)
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(output.dtype)
+    return Measured(output.detach(), gradients_of((output * direction).sum(), leaves))
+
+
+def gradients_of(loss: Float[Tensor, ""], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradient of ``loss`` with respect to each leaf, zeros where it has no influence; the graph is kept."""
+    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, retain_graph=True)
+    return dict(zip(leaves, gradients, strict=True))
+
+
+@dataclass
+class Bench:
+    """A subject with a profile and a seeded source of draws."""
+
+    subject: Subject
+    profile: Profile
+    draw: Draw
+    looked_at: int = field(default=0, init=False)
+
+    @property
+    def supports(self) -> Supports:
+        """What the subject promises."""
+        return self.subject.supports
+
+    def mixers(self, *, causal: bool | None = None) -> Iterator[Mixer]:
+        """The forms of the subject, in float64 and evaluation mode: causal, not causal, or whichever there are."""
+        for form in self.subject.forms:
+            if causal is None or form == causal:
+                self.looked_at += 1
+                yield self.subject.mixer(form)
+
+    def trials(self, *, causal: bool | None = None, ranks: Sequence[int] | None = None, batch: int = 2) -> Iterator[Trial]:
+        """Drawn inputs for every form and grid rank."""
+        for form in self.subject.forms:
+            if causal is not None and form != causal:
+                continue
+            mixer = self.subject.mixer(form)
+            for rank in sorted(self.supports.grid) if ranks is None else ranks:
+                for _ in range(self.profile.cases):
+                    self.looked_at += 1
+                    yield Trial(mixer, self.inputs(mixer, self.draw.grid(rank), batch), mixer.causal)
+
+    def inputs(self, mixer: Mixer, grid: Grid, batch: int = 2) -> Inputs:
+        """Random tokens on ``grid``, with the mixer's prefix in front."""
+        n = math.prod(grid) + mixer.num_prefix
+        return Inputs(self.draw.normal(batch, n, mixer.dim), grid=grid if len(grid) > 1 else None)
+
+    def context_for(self, trial: Trial) -> Float[Tensor, "b m c2"]:
+        """A random context of another length than the trial's tokens."""
+        batch, n = trial.inputs.x.shape[:2]
+        return self.draw.normal(batch, n + self.draw.integer(1, 4), trial.mixer.context_dim)
+
+    def said(self) -> str:
+        """How much was looked at, for the record; NotApplicable if it was nothing."""
+        if not self.looked_at:
+            raise NotApplicable("no form of this mixer can be looked at")
+        return f"{self.looked_at} {'case' if self.looked_at == 1 else 'cases'}"
