@@ -26,7 +26,7 @@ DENSE = Supports(
     mixing_matrix=True,
     permutation_equivariant=True,
     state="grows",
-    cost=2,
+    cost=2.0,
 )
 
 

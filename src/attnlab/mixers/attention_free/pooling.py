@@ -19,7 +19,7 @@ _POOLS = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
     "pooling",
     family="attention_free",
     paper="metaformer-poolformer",
-    supports=Supports(grid=frozenset({1, 2, 3}), mixing_matrix=True, cost=1),
+    supports=Supports(grid=frozenset({1, 2, 3}), mixing_matrix=True, cost=1.0),
 )
 class Pooling(Mixer):
     r"""Average pooling as token mixer (Yu et al. 2021, MetaFormer, equation 4).

@@ -19,14 +19,15 @@ from attnlab.core.info import Supports
     "channel_group",
     family="channel",
     paper="davit",
-    supports=Supports(grid=frozenset({1, 2, 3}), permutation_equivariant=True, cost=1),
+    supports=Supports(grid=frozenset({1, 2, 3}), permutation_equivariant=True, cost=1.0),
 )
 class ChannelGroupAttention(Mixer):
     r"""Attention among the channels of a group (Ding et al. 2022, DaViT, equation 3, with the roles of its code).
 
     For one group of width d with $q, k, v \in \mathbb{R}^{n \times d}$, $a, b$ running over its channels,
 
-    $$A = \mathrm{softmax}_b\!\left(s\,(k^\top v)_{ab}\right) \in \mathbb{R}^{d \times d}, \qquad o_{na} = \sum_b A_{ab}\, q_{nb}$$
+    $$A = \mathrm{softmax}_b\!\left(s\,(k^\top v)_{ab}\right) \in \mathbb{R}^{d \times d}, \qquad
+      o_{na} = \sum_b A_{ab}\, q_{nb}$$
 
     Every output sees every token, at O(n d) a channel: time O(n d C), memory O(n C). ``record`` collects
     "channel_attention" (b, groups, d, d); there is no matrix between tokens.

@@ -22,7 +22,7 @@ _CONVOLUTIONS = (F.conv1d, F.conv2d)
     "focal_modulation",
     family="convolutional",
     paper="focalnet",
-    supports=Supports(grid=frozenset({1, 2}), cost=1),
+    supports=Supports(grid=frozenset({1, 2}), cost=1.0),
     example={"rank": 2},
 )
 class FocalModulation(Mixer):

@@ -38,7 +38,7 @@ _NORMS: dict[str, Callable[[Tensor], Tensor]] = {"l2": l2_normalize, "sum": sum_
     "delta_net",
     family="linear",
     paper="deltanet",
-    supports=Supports(causal="always", streaming=True, mixing_matrix=True, state="bounded", cost=1),
+    supports=Supports(causal="always", streaming=True, mixing_matrix=True, state="bounded", cost=1.0),
 )
 class DeltaNet(StreamingMixer):
     r"""The delta rule over the sequence (Yang et al. 2024, equations 1 to 10).

@@ -20,7 +20,7 @@ from attnlab.mixers.parts.norms import simple_rms_norm
 from attnlab.ops.backends import accumulate_dtype
 from attnlab.ops.linear_attention import linear_attention
 
-CAUSAL_STATE = Supports(causal="always", streaming=True, mixing_matrix=True, state="bounded", cost=1)
+CAUSAL_STATE = Supports(causal="always", streaming=True, mixing_matrix=True, state="bounded", cost=1.0)
 _ACTIVATIONS = {"none": nn.Identity, "silu": nn.SiLU, "elu": nn.ELU, "relu": nn.ReLU}
 
 

@@ -37,7 +37,7 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {"elu": _elu, "relu": torc
         mixing_matrix=True,
         permutation_equivariant=True,
         state="bounded",
-        cost=1,
+        cost=1.0,
     ),
 )
 class LinearAttention(AttentionMixer, StreamingMixer):

@@ -19,7 +19,7 @@ from attnlab.ops.attention import attention
 @mixers.register(
     "window",
     family="local",
-    supports=Supports(grid=frozenset({1, 2, 3}), mixing_matrix=True, cost=1),
+    supports=Supports(grid=frozenset({1, 2, 3}), mixing_matrix=True, cost=1.0),
     example={"window": 3},
 )
 class WindowAttention(AttentionMixer):

@@ -25,7 +25,7 @@ from attnlab.ops.attention import attention
     "agent",
     family="pooled",
     paper="agent-attention",
-    supports=Supports(cross=True, grid=frozenset({1, 2}), mixing_matrix=True, cost=1),
+    supports=Supports(cross=True, grid=frozenset({1, 2}), mixing_matrix=True, cost=1.0),
     example={"num_agents": 4},
 )
 class AgentAttention(AttentionMixer):

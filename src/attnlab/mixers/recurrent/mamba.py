@@ -24,7 +24,7 @@ from attnlab.ops.selective_scan import selective_scan
     "mamba",
     family="recurrent",
     paper="mamba",
-    supports=Supports(causal="always", streaming=True, mixing_matrix=True, state="bounded", cost=1),
+    supports=Supports(causal="always", streaming=True, mixing_matrix=True, state="bounded", cost=1.0),
     example={"state_dim": 4},
 )
 class Mamba(StreamingMixer):
