@@ -94,7 +94,8 @@ class Pooling(Mixer):
         half = self.size // 2
         real = torch.ones_like(x[..., :1]) if mask is None else mask.unsqueeze(-1).to(x.dtype)
         # Both are means over the full window with zeros outside; their quotient is the mean over the real tokens.
-        total = pool(to_grid(x, grid), self.size, stride=1, padding=half)
-        share = pool(to_grid(real, grid), self.size, stride=1, padding=half)
+        around = (half,) * (2 * len(grid))  # padded by hand: torch's 3-D pooling refuses a grid that is smaller than the window
+        total = pool(F.pad(to_grid(x, grid), around), self.size, stride=1)
+        share = pool(F.pad(to_grid(real, grid), around), self.size, stride=1)
         share = share.masked_fill(share == 0, 1.0)
         return from_grid(total / share) - x

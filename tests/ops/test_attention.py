@@ -1,0 +1,97 @@
+"""Dense attention: SDPA and blocks of queries against the formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attnlab import UnknownNameError
+from attnlab.ops.attention import NORMALIZERS, attention
+from ops.oracle import assert_equal_in_float64, assert_within_budget
+
+
+def _inputs(b=2, h=4, hk=2, n=7, m=7, d=5, e=3):
+    return torch.randn(b, h, n, d), torch.randn(b, hk, m, d), torch.randn(b, hk, m, e)
+
+
+def _both(**options):
+    return (
+        lambda q, k, v, *rest: attention(q, k, v, backend=name, **_with_bias(options, rest)) for name in ("eager", "reference")
+    )
+
+
+def _with_bias(options, rest):
+    return options | ({"bias": rest[0]} if rest else {})
+
+
+@pytest.mark.parametrize("normalizer", sorted(NORMALIZERS))
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 6), (3, 9), (17, 17), (9, 4)])
+def test_all_masks_together(normalizer, causal, n, m) -> None:
+    key_mask = torch.rand(2, m) > 0.3
+    key_mask[0] = False
+    pair_mask = torch.rand(1, 4, n, m) > 0.3
+    pair_mask[:, :, 0] = False
+    for masks in ({}, {"key_mask": key_mask}, {"pair_mask": pair_mask}, {"key_mask": key_mask, "pair_mask": pair_mask}):
+        fast, slow = _both(causal=causal, normalizer=normalizer, **masks)
+        assert_equal_in_float64(fast, slow, *_inputs(n=n, m=m))
+        assert_equal_in_float64(fast, slow, *_inputs(n=n, m=m), torch.randn(1, 4, n, m))
+
+
+@pytest.mark.parametrize("normalizer", ["sigmoid", "softmax"])
+def test_more_queries_than_a_block(normalizer) -> None:
+    fast, slow = _both(causal=True, normalizer=normalizer, key_mask=torch.rand(1, 300) > 0.2)
+    assert_equal_in_float64(fast, slow, *_inputs(b=1, h=2, hk=1, n=300, m=300))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_error_budget(dtype, causal) -> None:
+    key_mask = torch.rand(2, 33) > 0.2
+    fast, slow = _both(causal=causal, key_mask=key_mask)
+    assert_within_budget(fast, slow, dtype, *_inputs(n=33, m=33))
+
+
+def test_an_empty_row_is_zero_and_passes_no_gradient() -> None:
+    q, k, v = (x.requires_grad_() for x in _inputs())
+    key_mask = torch.ones(2, 7, dtype=torch.bool)
+    key_mask[1] = False
+    out = attention(q, k, v, key_mask=key_mask, causal=True)
+    out.square().sum().backward()
+    assert (out[1] == 0).all()
+    assert all((x.grad[1] == 0).all() and torch.isfinite(x.grad).all() for x in (q, k, v))
+
+
+def test_a_masked_key_may_hold_anything_finite() -> None:
+    q, k, v = _inputs()
+    key_mask = torch.ones(2, 7, dtype=torch.bool)
+    key_mask[:, 2] = False
+    expected = attention(q, k, v, key_mask=key_mask, causal=True)
+    k[:, :, 2], v[:, :, 2] = 1e4, -1e6
+    assert torch.equal(attention(q, k, v, key_mask=key_mask, causal=True), expected)
+
+
+def test_grouped_heads_equal_repeated_ones() -> None:
+    q, k, v = _inputs()
+    repeated = attention(q, k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1), causal=True)
+    torch.testing.assert_close(attention(q, k, v, causal=True), repeated)
+
+
+def test_sigmoid_weights_do_not_sum_to_one() -> None:
+    q, k, _ = _inputs(hk=4)
+    weights = attention(q, k, torch.eye(7).expand(2, 4, 7, 7), normalizer="sigmoid", scale=1.0)
+    torch.testing.assert_close(weights, torch.sigmoid(q @ k.transpose(-1, -2)))
+
+
+def test_bad_input() -> None:
+    q, k, v = _inputs()
+    with pytest.raises(ValueError, match="number of heads that divides"):
+        attention(q[:, :3], k, v)
+    with pytest.raises(ValueError, match="4 dimensions"):
+        attention(q[0], k, v)
+    with pytest.raises(ValueError, match=r"k, v: expected shapes"):
+        attention(q, k[..., :3], v)
+    with pytest.raises(UnknownNameError, match="did you mean 'softmax'"):
+        attention(q, k, v, normalizer="softmx")
+    with pytest.raises(UnknownNameError, match="did you mean 'eager'"):
+        attention(q, k, v, backend="eagre")

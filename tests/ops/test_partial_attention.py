@@ -1,0 +1,76 @@
+"""Partial attention and its merge are one softmax, however the keys are split."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnlab.ops.attention import attention
+from attnlab.ops.partial_attention import Partial, merge, partial_attention
+from ops.oracle import assert_equal_in_float64
+
+
+def _inputs(n=5, m=9):
+    return torch.randn(2, 3, n, 4), torch.randn(2, 3, m, 4), torch.randn(2, 3, m, 6)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (5, 9), (300, 20)])
+def test_eager_equals_the_formula(n, m) -> None:
+    allowed = torch.rand(1, 1, n, m) > 0.4
+    allowed[:, :, 0] = False
+
+    def run(backend):
+        def function(q, k, v, bias):
+            output, lse = partial_attention(q, k, v, bias=bias, allowed=allowed, backend=backend)
+            return output, lse.masked_fill(lse == float("-inf"), 0.0)
+
+        return function
+
+    assert_equal_in_float64(run("eager"), run("reference"), *_inputs(n, m), torch.randn(1, 3, n, m))
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=5), st.randoms(use_true_random=False))
+def test_any_split_in_any_order_is_one_softmax(sizes, random) -> None:
+    q, k, v = (x.double() for x in _inputs(m=sum(sizes) + 1))
+    edges = [0, 1]
+    for size in sizes:
+        edges.append(edges[-1] + size)
+    parts = [partial_attention(q, k[:, :, a:b], v[:, :, a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    random.shuffle(parts)
+    total = parts[0]
+    for part in parts[1:]:
+        total = merge(total, part)
+    torch.testing.assert_close(total.output, attention(q, k, v), rtol=1e-12, atol=1e-12)
+
+
+def test_merge_is_differentiable_and_neutral() -> None:
+    q, k, v = (x.double() for x in _inputs())
+
+    def merged(q, k, v):
+        return merge(partial_attention(q, k[:, :, :4], v[:, :, :4]), partial_attention(q, k[:, :, 4:], v[:, :, 4:])).output
+
+    assert_equal_in_float64(merged, lambda q, k, v: attention(q, k, v, backend="reference"), q, k, v)
+    part = partial_attention(q, k, v)
+    empty = partial_attention(q, k[:, :, :0], v[:, :, :0])
+    both = merge(empty, part)
+    assert torch.equal(both.output, part.output)
+    assert torch.equal(both.lse, part.lse)
+    nothing = merge(empty, Partial(*empty))
+    assert (nothing.output == 0).all()
+    assert (nothing.lse == float("-inf")).all()
+
+
+def test_lse_in_float32_for_half_precision() -> None:
+    q, k, v = (x.bfloat16() for x in _inputs())
+    part = partial_attention(q, k, v)
+    assert part.lse.dtype == torch.float32
+    assert part.output.dtype == torch.bfloat16
+
+
+def test_bad_shapes() -> None:
+    q, k, v = _inputs()
+    with pytest.raises(ValueError, match="expected"):
+        partial_attention(q, k[:, :2], v)
