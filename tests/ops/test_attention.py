@@ -15,13 +15,15 @@ def _inputs(b=2, h=4, hk=2, n=7, m=7, d=5, e=3):
 
 
 def _both(**options):
-    return (
-        lambda q, k, v, *rest: attention(q, k, v, backend=name, **_with_bias(options, rest)) for name in ("eager", "reference")
-    )
+    """The eager and the reference form as functions of q, k, v and, where given, a bias."""
 
+    def form(backend):
+        def function(q, k, v, bias=None):
+            return attention(q, k, v, bias=bias, backend=backend, **options)
 
-def _with_bias(options, rest):
-    return options | ({"bias": rest[0]} if rest else {})
+        return function
+
+    return form("eager"), form("reference")
 
 
 @pytest.mark.parametrize("normalizer", sorted(NORMALIZERS))
