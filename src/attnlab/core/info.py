@@ -41,7 +41,7 @@ class Supports:
     batch_coupled: bool = False
     varlen: bool = False
     state: StateSize = "none"
-    cost: float = 2.0
+    cost: float | int = 2.0
 
     def matches(self, **wanted: object) -> bool:
         """Whether this has what is wanted: ``causal=True``, ``grid=2``, ``streaming=True``, ..."""
