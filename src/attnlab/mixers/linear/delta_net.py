@@ -16,21 +16,18 @@ from attnlab.core.contract import StreamingMixer
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.state import State
+from attnlab.mixers.parts.features import elu_plus_one
 from attnlab.mixers.parts.norms import l2_normalize, sum_normalize
 from attnlab.mixers.parts.short_convolution import ShortConvolution
 from attnlab.ops.backends import accumulate_dtype
 from attnlab.ops.delta_rule import delta_rule
 
 
-def _elu(x: Tensor) -> Tensor:
-    return F.elu(x) + 1.0
-
-
 def _identity(x: Tensor) -> Tensor:
     return x
 
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": torch.relu, "elu": _elu, "identity": _identity}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": torch.relu, "elu": elu_plus_one, "identity": _identity}
 _NORMS: dict[str, Callable[[Tensor], Tensor]] = {"l2": l2_normalize, "sum": sum_normalize}
 
 

@@ -16,14 +16,10 @@ from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.state import State
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
+from attnlab.mixers.parts.features import elu_plus_one
 from attnlab.ops.linear_attention import linear_attention
 
-
-def _elu(x: Tensor) -> Tensor:
-    return F.elu(x) + 1.0
-
-
-FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {"elu": _elu, "relu": torch.relu, "softplus": F.softplus, "exp": torch.exp}
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {"elu": elu_plus_one, "relu": torch.relu, "softplus": F.softplus, "exp": torch.exp}
 
 
 @mixers.register(
