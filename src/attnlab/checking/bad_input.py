@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from attnlab.checking.bench import Bench, Inputs
-from attnlab.checking.outcome import Violation
+from attnlab.checking.outcome import NotApplicable, Violation
 from attnlab.checking.require import require
 from attnlab.checking.subject import DIM, NUM_HEADS
 from attnlab.checking.suite import conformance
@@ -48,6 +48,8 @@ def _demand_errors(mistakes: Iterator[Mistake]) -> str:
             raise Violation(f"{mistake.said}: expected {mistake.error.__name__}, got {type(error).__name__}: {error}") from error
         else:
             raise Violation(f"{mistake.said}: accepted, expected {mistake.error.__name__}")
+    if not count:
+        raise NotApplicable("no form of this mixer can be given this")
     return f"{count} mistakes"
 
 

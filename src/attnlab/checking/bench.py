@@ -6,9 +6,10 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from attnlab.checking.draw import Draw
@@ -25,33 +26,35 @@ class Profile:
 
     Args:
         name: as `attnlab.check(profile=...)` takes it.
-        cases: draws for each form (causal or not) and grid rank.
+        cases: draws for each pair of a form (causal or not) and a grid rank.
+        crossed: whether every form is tried with every rank, or only each of both at least once.
         splits: random splits of each streamed sequence.
         lengths: awkward lengths.
     """
 
     name: str
     cases: int
+    crossed: bool
     splits: int
     lengths: tuple[int, ...]
 
 
 PROFILES = {
-    "default": Profile("default", cases=1, splits=2, lengths=(1, 3, 17, 65)),
-    "thorough": Profile("thorough", cases=8, splits=12, lengths=(1, 2, 3, 5, 17, 31, 33, 63, 64, 65, 129, 257)),
+    "default": Profile("default", cases=1, crossed=False, splits=2, lengths=(1, 3, 17, 65)),
+    "thorough": Profile("thorough", cases=8, crossed=True, splits=12, lengths=(1, 2, 3, 5, 17, 31, 33, 63, 64, 65, 129, 257)),
 }
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of `Mixer.forward`."""
+    """The arguments of `Mixer.forward`, wrong ones too: what they must be is the mixer's to say, so no shape is written here."""
 
-    x: Float[Tensor, "b n c"]
-    context: Float[Tensor, "b m c2"] | None = None
-    mask: Bool[Tensor, "b n"] | None = None
-    context_mask: Bool[Tensor, "b m"] | None = None
-    pair_mask: Bool[Tensor, "#b #h n m"] | None = None
-    grid: Grid | None = None
+    x: Tensor
+    context: Tensor | None = None
+    mask: Tensor | None = None
+    context_mask: Tensor | None = None
+    pair_mask: Tensor | None = None
+    grid: Any = None
 
     def apply(self, mixer: Mixer) -> Float[Tensor, "b n c"]:
         """The output of ``mixer``."""
@@ -141,15 +144,20 @@ class Bench:
                 yield self.subject.mixer(form)
 
     def trials(self, *, causal: bool | None = None, ranks: Sequence[int] | None = None, batch: int = 2) -> Iterator[Trial]:
-        """Drawn inputs for every form and grid rank."""
-        for form in self.subject.forms:
-            if causal is not None and form != causal:
-                continue
+        """Drawn inputs: each form and each grid rank at least once, in a thorough profile each with each."""
+        forms = [form for form in self.subject.forms if causal is None or form == causal]
+        for form, rank in self._pairs(forms, sorted(self.supports.grid) if ranks is None else ranks):
             mixer = self.subject.mixer(form)
-            for rank in sorted(self.supports.grid) if ranks is None else ranks:
-                for _ in range(self.profile.cases):
-                    self.looked_at += 1
-                    yield Trial(mixer, self.inputs(mixer, self.draw.grid(rank), batch), mixer.causal)
+            for _ in range(self.profile.cases):
+                self.looked_at += 1
+                yield Trial(mixer, self.inputs(mixer, self.draw.grid(rank), batch), mixer.causal)
+
+    def _pairs(self, forms: Sequence[bool], ranks: Sequence[int]) -> list[tuple[bool, int]]:
+        if not forms or self.profile.crossed:
+            return [(form, rank) for form in forms for rank in ranks]
+        start = self.draw.integer(0, len(forms) - 1)
+        count = max(len(forms), len(ranks))
+        return [(forms[(start + i) % len(forms)], ranks[i % len(ranks)]) for i in range(count)]
 
     def inputs(self, mixer: Mixer, grid: Grid, batch: int = 2) -> Inputs:
         """Random tokens on ``grid``, with the mixer's prefix in front."""

@@ -21,7 +21,7 @@ from attnlab.core.grid import Grid
 ABOVE, BELOW = 0.15, 0.6
 """How far the measured exponent may exceed the declared one (a logarithm and lower terms fit in), and fall short of it."""
 
-_ROUNDS = ((512, 1024), (2048, 4096))  # the second only if the first disagrees: lower terms weigh less there
+_ROUNDS = ((512, 1024), (1024, 2048))  # the second only if the first disagrees: lower terms weigh less there
 
 
 class WorkCounter(TorchDispatchMode):

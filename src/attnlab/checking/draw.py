@@ -74,9 +74,8 @@ class Draw:
         return allowed.scatter(-1, one.unsqueeze(-1), True)
 
     def split(self, n: int) -> list[int]:
-        """Lengths of pieces that add up to n."""
-        pieces, left = [], n
-        while left:
+        """Lengths of at least two pieces that add up to n >= 2."""
+        pieces = [self.integer(1, n - 1)]
+        while left := n - sum(pieces):
             pieces.append(self.integer(1, left))
-            left -= pieces[-1]
         return pieces

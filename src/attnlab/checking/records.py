@@ -75,6 +75,11 @@ class Report:
         """Time of all checks together."""
         return sum(record.seconds for record in self.records)
 
+    @property
+    def checks_run(self) -> int:
+        """How many checks looked at something."""
+        return sum(record.ran for record in self.records)
+
     def counts(self) -> dict[str, int]:
         """For each promise, how many checks of it ran."""
         return dict(Counter(record.promise for record in self.records if record.ran))

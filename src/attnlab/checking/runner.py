@@ -150,12 +150,12 @@ def _said(error: Exception) -> str:
 
 
 def _unproven(subject: Subject, records: Sequence[Record]) -> list[Record]:
-    """A failure for each promise that is made and of which no check ran."""
+    """A failure for each promise that is made, has a meaning for a form that there is, and of which no check ran."""
     proven = {record.promise for record in records if record.ran}
     return [
-        Record(f"proves_{promise}", promise, "failed", f"{promise} is promised, but no check of it ran", 0.0)
-        for promise, made in PROMISES.items()
-        if made(subject.supports) and promise not in proven
+        Record(f"proves_{name}", name, "failed", f"{name} is promised, but no check of it ran", 0.0)
+        for name, promise in PROMISES.items()
+        if promise.made(subject.supports) and promise.form in (None, *subject.forms) and name not in proven
     ]
 
 
@@ -173,13 +173,14 @@ def _expectations(expected: Mapping[str, str]) -> dict[str, str]:
 
 
 def _chosen(only: str | Sequence[str] | None) -> list[str]:
+    by_law = sorted(CHECKS, key=lambda name: CHECKS[name].law)
     if only is None:
-        return list(CHECKS)
+        return by_law
     patterns = [only] if isinstance(only, str) else list(only)
     for pattern in patterns:
         if not fnmatch.filter(CHECKS, pattern):
             raise UnknownNameError(f"only: no check is called {pattern!r}{nearest(pattern, CHECKS)}")
-    return [name for name in CHECKS if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in by_law if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 @contextmanager

@@ -41,13 +41,13 @@ def streaming_state_select(bench: Bench) -> str:
         x = trial.inputs.x
         cut = bench.draw.integer(1, x.shape[1] - 1)
         order = torch.tensor([2, 0, 0, 1])
-        mask = bench.draw.mask("left", *x.shape[:2]) if bench.supports.mask else None
-        later = None if mask is None else mask[:, cut:]
-        with torch.no_grad():
-            _, state = stream(trial.mixer, x[:, :cut], None if mask is None else mask[:, :cut], [cut])
-            expected, _ = trial.mixer.extend(x[:, cut:], state, mask=later)
-            got, _ = trial.mixer.extend(x[order, cut:], state.select(order), mask=None if later is None else later[order])
-        require_close(f"{trial}: state re-ordered after {cut} tokens", got, expected[order], ROUNDING)
+        for mask in [None, bench.draw.mask("inside", *x.shape[:2])] if bench.supports.mask else [None]:
+            later = None if mask is None else mask[:, cut:]
+            with torch.no_grad():
+                _, state = stream(trial.mixer, x[:, :cut], None if mask is None else mask[:, :cut], [cut])
+                expected, _ = trial.mixer.extend(x[:, cut:], state, mask=later)
+                got, _ = trial.mixer.extend(x[order, cut:], state.select(order), mask=None if later is None else later[order])
+            require_close(f"{trial}: state re-ordered after {cut} tokens", got, expected[order], ROUNDING)
     return bench.said()
 
 

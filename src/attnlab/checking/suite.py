@@ -21,21 +21,35 @@ LAWS = {
     9: "randomness",
 }
 
-PROMISES: dict[str, Callable[[Supports], bool]] = {
-    "contract": lambda supports: True,  # what every mixer promises by being one
-    "refusals": lambda supports: True,  # that what it does not promise, it does not do
-    "causal": lambda supports: supports.causal != "no",
-    "cross": lambda supports: supports.cross,
-    "mask": lambda supports: supports.mask,
-    "pair_mask": lambda supports: supports.pair_mask,
-    "streaming": lambda supports: supports.streaming,
-    "state": lambda supports: supports.state != "none",
-    "grid": lambda supports: True,
-    "mixing_matrix": lambda supports: supports.mixing_matrix,
-    "permutation_equivariant": lambda supports: supports.permutation_equivariant,
-    "batch_coupled": lambda supports: supports.batch_coupled,
-    "varlen": lambda supports: supports.varlen,
-    "cost": lambda supports: True,
+
+@dataclass(frozen=True)
+class Promise:
+    """What a mixer can promise.
+
+    Args:
+        made: whether a mixer with these flags makes it.
+        form: the value of ``causal`` without which it has no meaning (a state is that of a causal mixer), or None.
+    """
+
+    made: Callable[[Supports], bool]
+    form: bool | None = None
+
+
+PROMISES = {
+    "contract": Promise(lambda supports: True),  # what every mixer promises by being one
+    "refusals": Promise(lambda supports: True),  # that what it does not promise, it does not do
+    "causal": Promise(lambda supports: supports.causal != "no", form=True),
+    "cross": Promise(lambda supports: supports.cross, form=False),
+    "mask": Promise(lambda supports: supports.mask),
+    "pair_mask": Promise(lambda supports: supports.pair_mask),
+    "streaming": Promise(lambda supports: supports.streaming, form=True),
+    "state": Promise(lambda supports: supports.state != "none", form=True),
+    "grid": Promise(lambda supports: True),
+    "mixing_matrix": Promise(lambda supports: supports.mixing_matrix),
+    "permutation_equivariant": Promise(lambda supports: supports.permutation_equivariant, form=False),
+    "batch_coupled": Promise(lambda supports: supports.batch_coupled),
+    "varlen": Promise(lambda supports: supports.varlen),
+    "cost": Promise(lambda supports: True),
 }
 
 
@@ -80,7 +94,7 @@ def conformance(
         name = function.__name__
         if name in CHECKS:
             raise ValueError(f"check {name!r} is in the suite already")
-        CHECKS[name] = Check(name, law, promise, first_line(function.__doc__), function, when or PROMISES[promise])
+        CHECKS[name] = Check(name, law, promise, first_line(function.__doc__), function, when or PROMISES[promise].made)
         return function
 
     return enter
