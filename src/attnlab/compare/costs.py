@@ -1,0 +1,81 @@
+"""What a layer of each mixer costs, read from timing cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from attnlab.compare.crossover import Crossover, crossover
+from attnlab.compare.ledger import Row
+from attnlab.compare.timing import Direction
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """A timing cell's result; without a passed gate it has no times.
+
+    Args:
+        mixer: label.
+        causal: which form was measured.
+        gate: the gate's record.
+        times: for "forward" and "training" the `attnlab.compare.timing.PairTimes` record at each length.
+        memory: for both the peak bytes at each length that was weighed, None where the system could not tell.
+        flops: of matrix products in one forward pass at each length.
+        state: bytes of streaming state after so many tokens; None where it does not stream.
+        threads: torch's threads while timing.
+    """
+
+    mixer: str
+    causal: bool
+    gate: Mapping[str, Any]
+    times: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)
+    memory: dict[str, dict[int, int | None]] = field(default_factory=dict)
+    flops: dict[int, int] = field(default_factory=dict)
+    state: dict[int, int | None] = field(default_factory=dict)
+    threads: int = 0
+
+    @property
+    def passed(self) -> bool:
+        """Whether the correctness gate passed."""
+        return bool(self.gate["passed"])
+
+    def crossover(self, direction: Direction) -> Crossover | None:
+        """From which length on it beats softmax attention; None without times."""
+        times = self.times.get(direction)
+        if not times:
+            return None
+        return crossover(list(times), [float(record["ratio"]) for record in times.values()])
+
+
+def read_costs(rows: Sequence[Row]) -> dict[str, LayerCosts]:
+    """The costs by mixer, of the timing cells that have finished."""
+    return {row.member.mixer: _costs(row.member.mixer, row.result) for row in rows if row.member.role == "timing" and row.result}
+
+
+def _costs(mixer: str, result: Mapping[str, Any]) -> LayerCosts:
+    directions = [name for name in ("forward", "training") if name in result]
+    return LayerCosts(
+        mixer,
+        result["causal"],
+        result["gate"],
+        {name: _by_length(result[name]) for name in directions},
+        {name: _by_length(result[f"{name}_memory"]) for name in directions},
+        _by_length(result.get("flops", {})),
+        _by_length(result.get("state_bytes", {})),
+        result["threads"],
+    )
+
+
+def _by_length(table: Mapping[str, Any]) -> dict[int, Any]:
+    return {int(length): value for length, value in sorted(table.items(), key=lambda item: int(item[0]))}
+
+
+def softmax_seconds(costs: Sequence[LayerCosts], direction: Direction, causal: bool) -> dict[int, float]:
+    """Softmax attention's seconds at each length: the median over all pairs' medians of one causality."""
+    found: dict[int, list[float]] = {}
+    for cost in costs:
+        if cost.causal == causal:
+            for length, record in cost.times.get(direction, {}).items():
+                found.setdefault(length, []).append(float(record["baseline"]))
+    return {length: sorted(values)[len(values) // 2] for length, values in sorted(found.items())}

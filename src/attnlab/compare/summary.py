@@ -1,0 +1,248 @@
+"""What a run found: scores, ranks, the control's outcome, layer costs; all that the report and the command line show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from attnlab.compare.control import Tie, judge
+from attnlab.compare.costs import LayerCosts, read_costs
+from attnlab.compare.ledger import Row
+from attnlab.compare.plan import PlannedTask, best_rate
+from attnlab.compare.statistics import Interval, Rank, Verdict, mean_interval, rank, sign_flip_p, verdict
+from attnlab.compare.suites import REFERENCE
+
+State = Literal["scored", "unfinished", "diverged", "failed", "excluded"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mixer on a task.
+
+    Args:
+        task: label of the task.
+        mixer: label of the mixer.
+        state: "scored", or why there is no score.
+        reason: the same in words.
+        rate: the learning rate that the sweep chose.
+        sweep: each rate with the validation metric at the sweep's seed; None where the run diverged or failed.
+        valid: validation metric by seed at the chosen rate.
+        test: test metric by seed.
+        interval: mean and interval of ``test``.
+        rank: among the mixers of the task.
+        versus: against softmax attention, by the paired test over seeds.
+        beats_baselines: whether every seed is better than every trivial baseline on the test split.
+        parameters: of the model.
+        width: of the model.
+        seconds: mean time of a training run.
+        tokens_per_second: mean rate of training.
+        curves: for each seed rows (step, training loss or None, seconds).
+    """
+
+    task: str
+    mixer: str
+    state: State
+    reason: str = ""
+    rate: float | None = None
+    sweep: tuple[tuple[float, float | None], ...] = ()
+    valid: tuple[float, ...] = ()
+    test: tuple[float, ...] = ()
+    interval: Interval | None = None
+    rank: Rank | None = None
+    versus: Verdict | None = None
+    beats_baselines: bool | None = None
+    parameters: int | None = None
+    width: int | None = None
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    curves: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Overall:
+    """A mixer against softmax attention over all tasks and seeds: mean difference in units of the task's spread, and its p value."""
+
+    mixer: str
+    effect: float
+    pairs: int
+    p: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run, summarised.
+
+    Args:
+        facts: what the run recorded before it started.
+        tasks: the tasks by label.
+        mixers: facts of each mixer by label.
+        scores: one a pair of task and mixer, excluded pairs too.
+        costs: of each mixer that was timed.
+        ties: the control, one a task.
+        overall: each mixer against softmax over all tasks.
+        failures: cells that failed: label and error.
+        counts: cells by status, and "expected".
+    """
+
+    facts: Mapping[str, Any]
+    tasks: dict[str, PlannedTask]
+    mixers: dict[str, dict[str, Any]]
+    scores: tuple[Score, ...]
+    costs: dict[str, LayerCosts]
+    ties: tuple[Tie, ...]
+    overall: tuple[Overall, ...]
+    failures: tuple[tuple[str, str], ...]
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def score(self, task: str, mixer: str) -> Score:
+        """The score of a pair; KeyError if the run has no such pair."""
+        for score in self.scores:
+            if (score.task, score.mixer) == (task, mixer):
+                return score
+        raise KeyError(f"no score of {mixer!r} on {task!r}")
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return not self.failures and all(score.state != "unfinished" for score in self.scores)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether no control came apart and no gate failed."""
+        return all(tie.holds is not False for tie in self.ties) and all(cost.passed for cost in self.costs.values())
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything ran, every control that was asked for ties, and every gate passed."""
+        return self.complete and self.trusted and all(tie.holds for tie in self.ties)
+
+
+def summarise(facts: Mapping[str, Any], rows: Sequence[Row]) -> Summary:
+    """Summarise the members of a run."""
+    tasks = {task["label"]: PlannedTask(**task) for task in facts["tasks"]}
+    mixers = {mixer["label"]: mixer for mixer in facts["mixers"]}
+    excluded = {(item["task"], item["mixer"]): item["reason"] for item in facts["exclusions"]}
+    scores = []
+    for label, task in tasks.items():
+        found = {}
+        for name in mixers:
+            reason = excluded.get((label, name))
+            own = [row for row in rows if (row.member.task, row.member.mixer) == (label, name)]
+            found[name] = _score(task, name, own) if reason is None else Score(label, name, "excluded", reason)
+        scores += _ranked(task, found, _reference(mixers))
+    ties = tuple(_tie(task, rows, scores, mixers) for task in tasks.values()) if facts["suite"]["control"] else ()
+    statuses = [row.status for row in rows]
+    return Summary(
+        facts,
+        tasks,
+        mixers,
+        tuple(scores),
+        read_costs(rows),
+        tuple(tie for tie in ties if tie is not None),
+        _overall(tasks, scores, _reference(mixers)),
+        tuple((row.member.cell.label, row.error or "") for row in rows if row.status == "failed"),
+        {**{status: statuses.count(status) for status in sorted(set(statuses))}, "expected": sum(facts["expected"].values())},
+    )
+
+
+def _reference(mixers: Mapping[str, Mapping[str, Any]]) -> str | None:
+    return next((label for label, mixer in mixers.items() if mixer["name"] == REFERENCE), None)
+
+
+def _score(task: PlannedTask, mixer: str, rows: Sequence[Row]) -> Score:
+    sweep = [row for row in rows if row.member.role == "sweep"]
+    values = {row.member.cell.spec["learning_rate"]: _metric(row, task.metric) for row in sweep if row.result is not None}
+    swept = tuple((rate, values.get(rate)) for rate in task.budget["learning_rates"])
+    settled = len(sweep) == len(swept) and all(row.status in ("finished", "failed") for row in sweep)
+    best = best_rate(task, sweep)
+    if best is None or not settled:
+        if not settled:
+            return Score(task.label, mixer, "unfinished", "the sweep is not done", sweep=swept)
+        diverged = any(row.status == "finished" for row in sweep)
+        reason = "training diverged at every learning rate" if diverged else f"every run failed: {sweep[0].error}"
+        return Score(task.label, mixer, "diverged" if diverged else "failed", reason, sweep=swept)
+    trained = [row for row in rows if row.member.role in ("sweep", "seed") and row.member.cell.spec["learning_rate"] == best]
+    trained.sort(key=lambda row: row.member.cell.spec["seed"])
+    tests = {row.member.cell.spec["trained"]: row for row in rows if row.member.role == "test"}
+    kept = [row for row in trained if row.result is not None and row.key in tests and _metric(tests[row.key], task.metric) is not None]
+    test = tuple(float(_metric(tests[row.key], task.metric) or 0.0) for row in kept)
+    pending = any(row.status not in ("finished", "failed") for row in [*trained, *tests.values()])
+    state: State = "unfinished" if pending or not test else "scored"
+    results = [row.result for row in kept if row.result is not None]
+    strongest = best_of(task, list(task.baselines["test"].values()))
+    return Score(
+        task.label,
+        mixer,
+        state,
+        "" if state == "scored" else "not all of its runs are done",
+        best,
+        swept,
+        tuple(float(value) for row in kept if (value := _metric(row, task.metric)) is not None),
+        test,
+        mean_interval(test) if test else None,
+        beats_baselines=all(task.better(value, strongest) for value in test) if test else None,
+        parameters=results[0]["parameters"] if results else None,
+        width=results[0]["width"] if results else None,
+        seconds=float(np.mean([result["seconds"] for result in results])) if results else None,
+        tokens_per_second=float(np.mean([result["tokens_per_second"] for result in results])) if results else None,
+        curves=tuple(result["curve"] for result in results),
+    )
+
+
+def _metric(row: Row, metric: str) -> float | None:
+    if row.result is None or row.result.get("status", "finished") != "finished":
+        return None
+    return row.result["metrics"].get(metric)
+
+
+def best_of(task: PlannedTask, values: Sequence[float]) -> float:
+    """The best of some values of the task's metric."""
+    return max(values) if task.higher_is_better else min(values)
+
+
+def _ranked(task: PlannedTask, scores: Mapping[str, Score], reference: str | None) -> list[Score]:
+    values = {name: score.test for name, score in scores.items() if score.test}
+    ranks = rank(values, higher_is_better=task.higher_is_better) if values else {}
+    out = []
+    for name, score in scores.items():
+        versus = None
+        if reference in values and name in values and name != reference:
+            versus = verdict(values[name], values[str(reference)], higher_is_better=task.higher_is_better)
+        out.append(Score(**{**vars(score), "rank": ranks.get(name), "versus": versus}))
+    return out
+
+
+def _tie(
+    task: PlannedTask, rows: Sequence[Row], scores: Sequence[Score], mixers: Mapping[str, Mapping[str, Any]]
+) -> Tie | None:
+    reference = _reference(mixers)
+    own = [row for row in rows if (row.member.task, row.member.mixer) == (task.label, reference)]
+    if reference is None or not own:
+        return None
+    agrees = next((row.result["passed"] for row in own if row.member.role == "rounding" and row.result is not None), None)
+    second = next((_metric(row, task.metric) for row in own if row.member.role == "control"), None)
+    here = {score.mixer: score for score in scores if score.task == task.label}
+    first = here[reference].valid[0] if here[reference].valid else None
+    seeds = [score.valid for score in here.values() if score.valid]
+    return judge(task.label, first, second, seeds, agrees, resolution=1.0 / task.split_examples)
+
+
+def _overall(tasks: Mapping[str, PlannedTask], scores: Sequence[Score], reference: str | None) -> tuple[Overall, ...]:
+    names = [name for name in dict.fromkeys(score.mixer for score in scores) if name != reference]
+    found = []
+    for name in names:
+        differences: list[float] = []
+        for label, task in tasks.items():
+            here = {score.mixer: score for score in scores if score.task == label and score.test}
+            if reference not in here or name not in here:
+                continue
+            spread = float(np.std([np.mean(score.test) for score in here.values()])) or 1.0
+            sign = 1.0 if task.higher_is_better else -1.0
+            pairs = zip(here[name].test, here[str(reference)].test, strict=False)
+            differences += [sign * (a - b) / spread for a, b in pairs]
+        if 1 < len(differences) <= 16:
+            found.append(Overall(name, float(np.mean(differences)), len(differences), sign_flip_p(differences)))
+    return tuple(found)

@@ -1,0 +1,131 @@
+"""The work of one cell: train, test, compare rounding, or time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+from attnlab.compare.cells import Cell
+from attnlab.compare.control import rounding
+from attnlab.compare.cost import layer_flops, state_bytes
+from attnlab.compare.gate import gate
+from attnlab.compare.layers import Layer
+from attnlab.compare.memory import peak_bytes
+from attnlab.compare.plan import build_model, load_task
+from attnlab.compare.timing import Direction, time_layer
+from attnlab.ops.backends import use_backend
+from attnlab.training import LogRow, evaluate, train
+
+CURVE_POINTS = 25
+DIRECTIONS: tuple[Direction, ...] = ("forward", "training")
+
+
+class Interrupted(Exception):
+    """Work was stopped from outside; the cell is given back."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a cell gave: a result that JSON can hold, and the trained parameters of a training run."""
+
+    result: dict[str, Any]
+    weights: bytes | None = None
+
+
+def perform(cell: Cell, weights: Callable[[str], bytes], check: Callable[[], None]) -> Done:
+    """Do the work of a cell.
+
+    Args:
+        cell: what to do.
+        weights: gives the parameters that a training cell ended with, by its key.
+        check: called every now and then; raises `Interrupted` to stop.
+    """
+    work = {"train": _train, "test": _test, "rounding": _rounding, "timing": _timing}[cell.kind]
+    return work(cell.spec, weights, check)
+
+
+def _model(spec: Mapping[str, Any]) -> Any:
+    task, mixer = spec["task"], spec["mixer"]
+    return build_model(task["name"], task["options"], mixer["name"], mixer["options"], spec["budget"], spec["seed"])
+
+
+def _train(spec: Mapping[str, Any], weights: Callable[[str], bytes], check: Callable[[], None]) -> Done:
+    built, budget = _model(spec), spec["budget"]
+
+    def watch(row: LogRow) -> None:
+        check()
+
+    with use_backend(spec["backend"]):
+        outcome = train(
+            built.model,
+            load_task(spec["task"]["name"], spec["task"]["options"]),
+            steps=budget["steps"],
+            batch_size=budget["batch_size"],
+            learning_rate=spec["learning_rate"],
+            weight_decay=budget["weight_decay"],
+            warmup=budget["warmup"],
+            seed=spec["seed"],
+            log_every=max(1, budget["steps"] // CURVE_POINTS),
+            callback=watch,
+        )
+    result = {
+        "status": outcome.status,
+        "steps": outcome.steps,
+        "metrics": finite(outcome.metrics),
+        "curve": [[row.step, *finite({"loss": row.loss}).values(), round(row.seconds, 4)] for row in outcome.history],
+        "seconds": outcome.seconds,
+        "tokens_per_second": outcome.tokens_per_second,
+        "parameters": built.parameters,
+        "width": built.width,
+        "hidden": built.hidden,
+        "threads": torch.get_num_threads(),
+    }
+    # Clones, because tied parameters share memory, which safetensors refuses.
+    state = {name: value.detach().clone().contiguous() for name, value in built.model.state_dict().items()}
+    return Done(result, save(state))
+
+
+def _test(spec: Mapping[str, Any], weights: Callable[[str], bytes], check: Callable[[], None]) -> Done:
+    model = cast(nn.Module, _model(spec).model)
+    model.load_state_dict(load(weights(spec["trained"])))
+    task = load_task(spec["task"]["name"], spec["task"]["options"])
+    return Done({"metrics": finite(evaluate(model, task, "test"))})
+
+
+def _rounding(spec: Mapping[str, Any], weights: Callable[[str], bytes], check: Callable[[], None]) -> Done:
+    return Done(rounding(spec).record())
+
+
+def _timing(spec: Mapping[str, Any], weights: Callable[[str], bytes], check: Callable[[], None]) -> Done:
+    timing, mixer = spec["timing"], spec["mixer"]
+    layer = Layer(mixer["name"], spec["causal"], timing["dim"], timing["num_heads"], timing["batch_size"], mixer["options"])
+    agreed = gate(layer)
+    result: dict[str, Any] = {"gate": agreed.record(), "causal": spec["causal"], "threads": torch.get_num_threads()}
+    if not agreed.passed:
+        return Done(result)
+    lengths = timing["lengths"]
+    for direction in DIRECTIONS:
+        times = {}
+        for length in lengths:
+            check()
+            times[str(length)] = time_layer(
+                layer, length, direction, seconds=timing["seconds"], pairs=timing["pairs"]
+            ).record()
+        result[direction] = times
+        result[f"{direction}_memory"] = {
+            str(length): peak_bytes(layer, length, direction) for length in timing["memory_lengths"]
+        }
+    result["flops"] = {str(length): layer_flops(layer, length) for length in lengths}
+    result["state_bytes"] = {str(length): state_bytes(layer, length) for length in (lengths[0], lengths[-1])}
+    return Done(result)
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """The same with None for what is not finite, which JSON cannot hold."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
