@@ -242,6 +242,13 @@ class EighthInside(ToyAttention):
     op = attention_op("toy_eighth_inside", rounded_to(torch.float8_e5m2, only=torch.bfloat16))
 
 
+@plant("precision_autocast", "RuntimeError")
+class MixesDtypes(ToyAttention):
+    def finish(self, mixed: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        examples, tokens = (torch.arange(size, device=x.device) for size in x.shape[:2])
+        return torch.zeros_like(x).index_put((examples[:, None], tokens), super().finish(mixed, x, mask))
+
+
 def without_last_tile(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
     usable = torch.arange(k.shape[2], device=k.device) < max(16, k.shape[2] // 16 * 16)
     return at_once(q, k, v, usable if allowed is None else allowed & usable)

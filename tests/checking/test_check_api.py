@@ -20,6 +20,7 @@ from attnlab.checking import ConformanceError, Record, Report
 from attnlab.checking.draw import MASKS, Draw
 from attnlab.checking.suite import PROMISES, conformance
 from attnlab.cli.check import check as check_command
+from attnlab.core.catalog import mixers
 from checking.faults import OneStepLeak, WrongScale
 from checking.toys import ToyAttention, ToyRecurrence
 
@@ -171,6 +172,14 @@ def test_command_on_a_name(command: typer.Typer) -> None:
     assert result.exit_code == 0, result.output
     assert "determinism" in result.stdout
     assert "passed" in result.stdout
+
+
+def test_command_on_all(command: typer.Typer) -> None:
+    result = CliRunner().invoke(command, ["--all", "--json", "--only", "flags_agree"])
+    data = json.loads(result.stdout)
+    assert list(data["mixers"]) == attnlab.list_mixers()
+    assert data["summary"]["broken"].keys() == mixers.broken.keys()
+    assert result.exit_code == (1 if mixers.broken else 0)
 
 
 SOURCE = """

@@ -27,5 +27,12 @@ def test_laws(name: str, record_property: Callable[[str, object], None]) -> None
     assert report.passed, str(report)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", attnlab.list_mixers())
+def test_laws_thoroughly(name: str) -> None:
+    report = attnlab.check(name, profile="thorough", expected_failures=EXPECTED_FAILURES.get(name))
+    assert report.passed, str(report)
+
+
 def test_expected_failures_are_of_registered_mixers() -> None:
     assert set(EXPECTED_FAILURES) <= set(mixers.names())

@@ -140,7 +140,6 @@ class Bench:
         """The forms of the subject, in float64 and evaluation mode: causal, not causal, or whichever there are."""
         for form in self.subject.forms:
             if causal is None or form == causal:
-                self.looked_at += 1
                 yield self.subject.mixer(form)
 
     def trials(self, *, causal: bool | None = None, ranks: Sequence[int] | None = None, batch: int = 2) -> Iterator[Trial]:
@@ -149,7 +148,6 @@ class Bench:
         for form, rank in self._pairs(forms, sorted(self.supports.grid) if ranks is None else ranks):
             mixer = self.subject.mixer(form)
             for _ in range(self.profile.cases):
-                self.looked_at += 1
                 yield Trial(mixer, self.inputs(mixer, self.draw.grid(rank), batch), mixer.causal)
 
     def _pairs(self, forms: Sequence[bool], ranks: Sequence[int]) -> list[tuple[bool, int]]:
@@ -161,6 +159,7 @@ class Bench:
 
     def inputs(self, mixer: Mixer, grid: Grid, batch: int = 2) -> Inputs:
         """Random tokens on ``grid``, with the mixer's prefix in front."""
+        self.looked_at += 1
         n = math.prod(grid) + mixer.num_prefix
         return Inputs(self.draw.normal(batch, n, mixer.dim), grid=grid if len(grid) > 1 else None)
 

@@ -60,16 +60,23 @@ def precision_bfloat16(bench: Bench) -> str:
     return _low_precision(bench, torch.bfloat16)
 
 
-def _low_precision(bench: Bench, dtype: torch.dtype) -> str:
+@conformance(law=6, promise="contract")
+def precision_autocast(bench: Bench) -> str:
+    """A float32 mixer runs under autocast to bfloat16, with an error of at most a small factor of that of the reference."""
+    return _low_precision(bench, torch.float32, autocast=True)
+
+
+def _low_precision(bench: Bench, dtype: torch.dtype, *, autocast: bool = False) -> str:
     worst = 0.0
-    ulp = torch.finfo(dtype).eps
+    ulp = torch.finfo(torch.bfloat16 if autocast else dtype).eps
     for trial in bench.trials():
         low = copy.deepcopy(trial.mixer).to(dtype)
         exact = copy.deepcopy(low).to(torch.float64)
         for said, inputs in _arguments(bench, trial):
             rounded = inputs.map_tokens(lambda tokens: tokens.to(dtype))
             oracle = reference(exact, rounded.map_tokens(lambda tokens: tokens.to(torch.float64)))
-            fast, plain = _errors(measure(low, rounded), oracle), _errors(reference(low, rounded), oracle)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                fast, plain = _errors(measure(low, rounded), oracle), _errors(reference(low, rounded), oracle)
             for part, error in fast.items():
                 budget = FACTOR * plain[part] + ULPS * ulp
                 worst = max(worst, error / budget)
