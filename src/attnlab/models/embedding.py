@@ -48,6 +48,8 @@ class PositionEmbedding(nn.Module):
         name: "none", "learned" (a table of ``max_length``) or "sinusoidal" (Vaswani et al. 2017).
         dim: channels.
         max_length: positions of the learned table.
+        std: standard deviation of the learned table at first: about that of what it is added to, or training starts
+            without a sense of place.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -62,6 +64,7 @@ class PositionEmbedding(nn.Module):
         dim: int,
         max_length: int | None = None,
         *,
+        std: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -74,7 +77,7 @@ class PositionEmbedding(nn.Module):
         self.name, self.max_length = name, max_length
         self.table: nn.Parameter | None = None
         if name == "learned" and max_length is not None:
-            self.table = nn.Parameter(torch.empty(max_length, dim, device=device, dtype=dtype).normal_(std=0.02))
+            self.table = nn.Parameter(torch.empty(max_length, dim, device=device, dtype=dtype).normal_(std=std))
             self.table._no_weight_decay = True  # type: ignore[attr-defined]
 
     def forward(self, x: Float[Tensor, "b n c"], positions: Int[Tensor, "#b n"]) -> Float[Tensor, "b n c"]:

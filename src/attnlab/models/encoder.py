@@ -114,7 +114,7 @@ class EncoderClassifier(nn.Module):
         self.embedding = _input_layer(input, dim, vocab_size, patch_dim, device, dtype)
         if max_length is None and grid is not None:
             max_length = int(torch.Size(grid).numel())
-        self.position = PositionEmbedding(position, dim, max_length, device=device, dtype=dtype)
+        self.position = PositionEmbedding(position, dim, max_length, std=1.0, device=device, dtype=dtype)
         options = BlockOptions(channel_mixer, channel_options or {}, norm, placement, parallel, layer_scale, drop_path, generator)
         self.blocks = build_blocks(dim, schedule, options, causal=False, num_heads=num_heads, device=device, dtype=dtype)
         self.norm = create_norm("none" if placement == "post" else norm, dim, device=device, dtype=dtype)
@@ -172,6 +172,4 @@ def _input_layer(
         raise ValueError(f"input={input!r}: expected {needed} and no {other}, got {needed}={size} and {other}={sizes[other]}")
     if input == "patches":
         return nn.Linear(size, dim, device=device, dtype=dtype)
-    embedding = nn.Embedding(size, dim, device=device, dtype=dtype)
-    nn.init.normal_(embedding.weight, std=0.02)
-    return embedding
+    return nn.Embedding(size, dim, device=device, dtype=dtype)

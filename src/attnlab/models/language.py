@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attnlab.core.masks import check_mask
+from attnlab.core.masks import check_mask, zero_masked
 from attnlab.core.state import State
 from attnlab.core.tokens import Tokens
+from attnlab.mixers.parts.short_convolution import ShortConvolution
 from attnlab.models.block import Block, Placement
 from attnlab.models.embedding import PositionEmbedding, PositionName, token_positions
 from attnlab.models.norms import NormName, create_norm
@@ -41,6 +42,8 @@ class CausalLM(nn.Module):
         parallel: mixer and channel mixer side by side.
         layer_scale: initial LayerScale, or None.
         drop_path: stochastic depth of the last block, rising linearly over the layers.
+        short_conv: taps of a causal depthwise convolution added to the embedded tokens, so that every mixer sees a token's
+            neighbours; 0 for none.
         position: "none", "learned" or "sinusoidal".
         max_length: tokens that learned positions reach.
         tie_embeddings: the head is the embedding transposed.
@@ -69,6 +72,7 @@ class CausalLM(nn.Module):
         parallel: bool = False,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
+        short_conv: int = 0,
         position: PositionName = "none",
         max_length: int | None = None,
         tie_embeddings: bool = True,
@@ -82,8 +86,9 @@ class CausalLM(nn.Module):
             require_causal(name)
         self.vocab_size, self.dim = vocab_size, dim
         self.embedding = nn.Embedding(vocab_size, dim, device=device, dtype=dtype)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        self.position = PositionEmbedding(position, dim, max_length, device=device, dtype=dtype)
+        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
+        self.short_conv = ShortConvolution(dim, short_conv, device=device, dtype=dtype) if short_conv else None
+        self.position = PositionEmbedding(position, dim, max_length, std=dim**-0.5, device=device, dtype=dtype)
         options = BlockOptions(channel_mixer, channel_options or {}, norm, placement, parallel, layer_scale, drop_path, generator)
         self.blocks = build_blocks(dim, schedule, options, causal=True, num_heads=num_heads, device=device, dtype=dtype)
         self.norm = create_norm("none" if placement == "post" else norm, dim, causal=True, device=device, dtype=dtype)
@@ -104,7 +109,7 @@ class CausalLM(nn.Module):
         check_mask("mask", mask, tuple(tokens.shape))
         self.position.check_length(tokens.shape[1])
         positions = token_positions(*tokens.shape, mask, device=tokens.device)
-        carried = Tokens(self.position(self.embedding(tokens), positions), mask)
+        carried = Tokens(self.position(self._embed(tokens, mask)[0], positions), mask)
         for block in self.blocks:
             carried = block(carried)
         return self._logits(carried.x, mask)
@@ -118,8 +123,10 @@ class CausalLM(nn.Module):
         tensors: dict[str, Tensor] = {}
         for index, block in enumerate(self._layers()):
             tensors.update(block.init_state(batch_size).prefixed(f"blocks.{index}."))
-        device = self.embedding.weight.device
-        return State({**tensors, "length": torch.zeros(batch_size, dtype=torch.int64, device=device)})
+        weight = self.embedding.weight
+        if self.short_conv is not None:
+            tensors["window"] = self.short_conv.begin(batch_size, weight.device, weight.dtype)
+        return State({**tensors, "length": torch.zeros(batch_size, dtype=torch.int64, device=weight.device)})
 
     def extend(
         self, tokens: Int[Tensor, "b n"], state: State, *, mask: Bool[Tensor, "b n"] | None = None
@@ -140,13 +147,24 @@ class CausalLM(nn.Module):
         if self.position.name == "learned":
             self.position.check_length(int(length.max()) + n)
         positions = token_positions(batch, n, mask, start=length, device=tokens.device)
-        x = self.position(self.embedding(tokens), positions)
-        tensors = {"length": length + (n if mask is None else mask.sum(1))}
+        x, window = self._embed(tokens, mask, state.get("window"))
+        x = self.position(x, positions)
+        tensors = {**window, "length": length + (n if mask is None else mask.sum(1))}
         for index, block in enumerate(self._layers()):
             prefix = f"blocks.{index}."
             x, part = block.extend(x, state.part(prefix), mask=mask)
             tensors.update(part.prefixed(prefix))
         return self._logits(x, mask), State(tensors)
+
+    def _embed(
+        self, tokens: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None, window: Tensor | None = None
+    ) -> tuple[Float[Tensor, "b n c"], dict[str, Tensor]]:
+        """Embedded tokens, convolved after those in ``window``, and the next window."""
+        x = zero_masked(self.embedding(tokens), mask)
+        if self.short_conv is None:
+            return x, {}
+        y, window = self.short_conv(x, window)
+        return x + y, {"window": window}
 
     def _layers(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))

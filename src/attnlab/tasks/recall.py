@@ -79,7 +79,7 @@ class AssociativeRecall(Task):
     @property
     def model_options(self) -> Mapping[str, Any]:
         """A language model over the vocabulary with learned positions."""
-        return {"vocab_size": self.vocab_size, "position": "learned", "max_length": self.seq_len}
+        return {"vocab_size": self.vocab_size, "short_conv": 4, "position": "learned", "max_length": self.seq_len}
 
     @property
     def default_budget(self) -> Budget:

@@ -54,7 +54,7 @@ class StdlibText(Task):
     @property
     def model_options(self) -> Mapping[str, Any]:
         """A language model over bytes with learned positions."""
-        return {"vocab_size": 256, "position": "learned", "max_length": self.seq_len}
+        return {"vocab_size": 256, "short_conv": 4, "position": "learned", "max_length": self.seq_len}
 
     @property
     def default_budget(self) -> Budget:
