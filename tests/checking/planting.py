@@ -32,7 +32,8 @@ def plant(check: str, says: str, **promises: Any) -> Callable[[type[Mixer]], typ
     """Enter a subclass of a toy as a fault, with other promises where the lie is in a flag."""
 
     def enter(cls: type[Mixer]) -> type[Mixer]:
-        promising(cls, cls.__mro__[1].info.supports, **promises)
+        right = cls.__mro__[1].info
+        promising(cls, right.supports, right.example, **promises)
         FAULTS.append(Fault(cls, check, says))
         return cls
 

@@ -8,7 +8,7 @@ import pytest
 
 import attnlab
 from attnlab.checking import CHECKS
-from checking import faults, faults_of_form  # noqa: F401  (planting happens when they are imported)
+from checking import faults, faults_of_form, faults_of_registered  # noqa: F401  (planting happens when they are imported)
 from checking.planting import FAULTS, Fault
 from checking.toys import ToyAttention, ToyRecurrence
 

@@ -20,10 +20,10 @@ from attnlab.core.state import State
 from attnlab.ops.backends import Op
 
 
-def promising(cls: type[Mixer], base: Supports, **changes: Any) -> type[Mixer]:
+def promising(cls: type[Mixer], base: Supports, example: tuple[tuple[str, Any], ...] = (), **changes: Any) -> type[Mixer]:
     """``cls`` with the info of a mixer that promises ``base`` with ``changes``; the registry is left alone."""
     supports = replace(base, **changes)
-    cls.info = MixerInfo(cls.__name__, "mixer", cls.__name__, "toys", None, read_options(cls), supports)
+    cls.info = MixerInfo(cls.__name__, "mixer", cls.__name__, "toys", None, read_options(cls), supports, example)
     return cls
 
 

@@ -73,6 +73,9 @@ def check(
 
     attnlab.check(MyMixer).raise_if_failed()
 
+    The mixers are 16 wide with 4 heads and see 7 to 65 tokens: windows, chunks and the like have to be made smaller than that,
+    by ``info.example`` or ``options``, for a fault at their edges to show.
+
     Args:
         target: a registered name, a `Mixer` class, a callable ``(**options) -> Mixer``, or a built mixer, which is copied.
         profile: "default" (seconds) or "thorough" (many more draws).
@@ -80,7 +83,7 @@ def check(
         only: names of checks to run, shell patterns allowed; by default all that the promises select. A promise of which no
             check ran is a failure, unless ``only`` is given.
         expected_failures: names of checks that are known to fail, each with a reason. One that passes is a failure.
-        options: for the constructor, before those of ``info.example``.
+        options: for the constructor; they replace those of ``info.example``.
 
     Returns:
         One record a check.

@@ -22,7 +22,7 @@ class Subject:
 
     Args:
         target: a registered name, a `Mixer` class, a callable ``(**options) -> Mixer``, or a built mixer (copied, never changed).
-        options: for the constructor; they go before ``info.example``. Not with a built mixer.
+        options: for the constructor; they replace those of ``info.example``. Not with a built mixer.
 
     Raises:
         TypeError: if the target is none of these, has no ``info``, or is built and given options.
