@@ -1,10 +1,10 @@
 """The selective scan in pieces that stay in cache, with an explicit backward: no (tokens, channels, states) tensor exists.
 
-A piece is `PIECE` tokens of a few sequences. Its decays and inputs are written into buffers of (piece, batch, groups, states, channels)
-that every piece uses again; channels come last, so that all elementwise work runs along them. Forward keeps the state at the start of
-each piece, and backward computes the states of a piece again from there before it runs the adjoint recurrence
-``l_t = C_t dy_t + a_{t+1} l_{t+1}`` through the piece. Nothing here is conjugated: backward treats the scan as a holomorphic map and
-conjugates what comes in and goes out, which is PyTorch's convention for complex gradients and does nothing to real ones.
+A piece is `PIECE` tokens of a few sequences. Its decays and inputs are written into buffers that every piece uses again, with
+channels last, so that all elementwise work runs along them. Forward keeps the state at the start of each piece; backward
+computes the states of a piece again from there before it runs the adjoint recurrence ``l_t = C_t dy_t + a_{t+1} l_{t+1}``
+through it. Nothing in here is conjugated: backward treats the scan as a holomorphic map and conjugates what comes in and goes
+out, which is PyTorch's convention for complex gradients and does nothing to real ones.
 
 Letters: t tokens of a piece, b sequences, g groups, s states, p channels of a group. Rows are (t b g 1 p), states (t b g s p).
 """
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from jaxtyping import Inexact
 from torch import Tensor
+
+from attnlab.ops.chunks import full_precision
 
 PIECE = 32
 """Tokens in a piece: enough to make the calls on a piece few, little enough for its buffers to stay in cache."""
@@ -149,14 +151,14 @@ class _Block:
         decay, states = self.decay[:length], self.states[:length]
         self.exp(torch.mul(self.dt[piece], self.rate, out=decay), out=decay)
         self.B.spread(piece, self.x[piece], out=states)
-        for a, h in zip(self.decay_steps, self.state_steps[:length]):
+        for a, h in zip(self.decay_steps[:length], self.state_steps[:length], strict=True):
             state = h.addcmul_(a, state)
         return decay, states
 
     def adjoint(self, length: int, steps: Sequence[Tensor], carry: Tensor) -> None:
         """Turn ``C_t dy_t`` in ``steps`` into ``l_t``; ``carry`` is ``a l`` of the piece after, and becomes that of this one."""
         later = steps[length - 1].add_(carry)
-        for a, step in zip(reversed(self.decay_steps[1:length]), reversed(steps[: length - 1])):
+        for a, step in zip(reversed(self.decay_steps[1:length]), reversed(steps[: length - 1]), strict=True):
             later = step.addcmul_(a, later)
         torch.mul(self.decay_steps[0], later, out=carry)
 
@@ -168,25 +170,23 @@ def _blocks(x: Tensor, A: Tensor) -> list[slice]:
 
 
 @torch.library.custom_op("attnlab::selective_scan_forward", mutates_args=())
+@full_precision
 def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The outputs, the last state, and the states at the starts of the pieces (pieces b g s p)."""
     y, last, starts = _forward_like(x, dt, A, B, C, initial_state)
-    with torch.autocast(x.device.type, enabled=False):
-        for rows in _blocks(x, A):
-            block = _Block(x, dt, A, B, C, rows)
-            out, state = _rows(y[rows], block.groups), _by_group(initial_state[rows], block.groups)
-            for start, piece in zip(starts.unbind(0), block.pieces()):
-                decay, states = block.run(piece, start[rows].copy_(state))
-                out[piece] = block.C.gather(piece, states, scratch=decay)
-                state = states[-1]
-            last[rows] = _by_channel(state)
+    for rows in _blocks(x, A):
+        block = _Block(x, dt, A, B, C, rows)
+        out, state = _rows(y[rows], block.groups), _by_group(initial_state[rows], block.groups)
+        for start, piece in zip(starts.unbind(0), block.pieces(), strict=True):
+            decay, states = block.run(piece, start[rows].copy_(state))
+            out[piece] = block.C.gather(piece, states, scratch=decay)
+            state = states[-1]
+        last[rows] = _by_channel(state)
     return y, last, starts
 
 
 @_forward.register_fake
-def _forward_like(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_like(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, channels = x.shape
     groups = _group_count(B, C)
     starts = x.new_empty((tokens + PIECE - 1) // PIECE, batch, groups, A.shape[1], channels // groups)
@@ -194,21 +194,19 @@ def _forward_like(
 
 
 @torch.library.custom_op("attnlab::selective_scan_backward", mutates_args=())
+@full_precision
 def _backward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, dy: Tensor, dlast: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients, unconjugated, of x, dt, A, B, C and the initial state."""
     # What is constant over tokens has two axes, and is summed into.
     gradients = tuple(t.new_zeros(t.shape) if t.ndim == 2 else t.new_empty(t.shape) for t in (x, dt, A, B, C, dlast))
-    with torch.autocast(x.device.type, enabled=False):
-        for rows in _blocks(x, A):
-            _backward_block(_Block(x, dt, A, B, C, rows), starts[:, rows], dy, dlast, rows, gradients)
+    for rows in _blocks(x, A):
+        _backward_block(_Block(x, dt, A, B, C, rows), starts[:, rows], dy, dlast, rows, gradients)
     return gradients  # type: ignore[return-value]
 
 
-def _backward_block(
-    block: _Block, starts: Tensor, dy: Tensor, dlast: Tensor, rows: slice, gradients: Sequence[Tensor]
-) -> None:
+def _backward_block(block: _Block, starts: Tensor, dy: Tensor, dlast: Tensor, rows: slice, gradients: Sequence[Tensor]) -> None:
     """Write the gradients of some sequences, and add theirs to what all share."""
     dx, ddt, dA, dB, dC, dstate = gradients
     dy, dx, ddt = (_rows(t[rows], block.groups) for t in (dy, dx, ddt))
@@ -217,7 +215,7 @@ def _backward_block(
     grad_A = _Summed(dA, adjoint)
     grad_B, grad_C = (_Summed(g, adjoint) if g.ndim == 2 else _PerToken(g[rows]) for g in (dB, dC))
     carry = _by_group(dlast[rows], block.groups)
-    for start, piece in zip(reversed(starts.unbind(0)), reversed(block.pieces())):
+    for start, piece in zip(reversed(starts.unbind(0)), reversed(block.pieces()), strict=True):
         decay, states = block.run(piece, start)
         part = adjoint[: len(states)]
         grad_C.add(piece, states, dy[piece])

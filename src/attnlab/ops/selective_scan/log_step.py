@@ -1,7 +1,7 @@
 """The selective scan as a log-step parallel scan (Blelloch 1990): what many implementations do, here for comparison.
 
-It takes 2 log2(n) vectorised steps instead of n, and pays with tensors of (tokens, channels, states): on a CPU the memory that they move costs far
-more than the steps save. It is not a backend; the benchmark and the tests call it.
+It takes 2 log2(n) vectorised steps instead of n, and pays with tensors of (tokens, channels, states): on a CPU the memory that
+these move costs far more than the steps save. It is not a backend; the benchmark and the tests call it.
 """
 
 from __future__ import annotations

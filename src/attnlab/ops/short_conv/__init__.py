@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from attnlab.ops.backends import Op, accumulate_dtype
+from attnlab.ops.chunks import common_dtype
 from attnlab.ops.short_conv import eager, reference
 
 OP = Op("short_conv", {"reference": reference.convolve, "eager": eager.convolve})
@@ -46,14 +45,14 @@ def short_conv(
         BackendUnavailableError: an explicit ``backend`` cannot run here.
     """
     _check(x, weight, bias, state)
-    tensors = [tensor for tensor in (x, weight, bias, state) if tensor is not None]
-    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     if state is None:
         state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
-    padded = torch.cat([state.to(dtype), x.to(dtype)], 1)
-    sums = accumulate_dtype(dtype)
-    y = OP(backend, x)(padded.to(sums), weight.to(sums), None if bias is None else bias.to(sums))
-    return y.to(dtype), padded[:, x.shape[1] :].clone()
+    optional = {} if bias is None else {"bias": bias}
+    x, state, weight, *biases = common_dtype(x=x, state=state, weight=weight, **optional)
+    padded = torch.cat([state, x], 1)
+    sums = accumulate_dtype(x.dtype)
+    y = OP(backend, x)(padded.to(sums), weight.to(sums), biases[0].to(sums) if biases else None)
+    return y.to(x.dtype), padded[:, x.shape[1] :].clone()
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> None:
@@ -66,7 +65,5 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None)
     expected = {"bias": (bias, (channels,)), "state": (state, (batch, weight.shape[1] - 1, channels))}
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {shape} for x {tuple(x.shape)} and weight {tuple(weight.shape)}, got {tuple(tensor.shape)}")
-    for name, tensor in {"x": x, "weight": weight, "bias": bias, "state": state}.items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+            fit = f"x {tuple(x.shape)} and weight {tuple(weight.shape)}"
+            raise ValueError(f"{name}: expected shape {shape} to fit {fit}, got {tuple(tensor.shape)}")

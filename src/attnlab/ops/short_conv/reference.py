@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -12,5 +13,5 @@ def convolve(
     r"""$y_t = \beta + \sum_{k=0}^{w-1} W_k \odot x_{t+k}$ for padded inputs x of n + w - 1 tokens."""
     taps = weight.shape[1]
     tokens = padded.shape[1] - taps + 1
-    y = sum(padded[:, k : k + tokens] * weight[:, k] for k in range(taps))
+    y = torch.stack([padded[:, k : k + tokens] * weight[:, k] for k in range(taps)]).sum(0)
     return y if bias is None else y + bias

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnlab.ops.backends import Op
+from attnlab.ops.chunks import common_dtype
 from attnlab.ops.sliding_window import eager, reference
 
 OP = Op("sliding_window", {"reference": reference.attend, "eager": eager.attend})
@@ -27,14 +28,13 @@ def sliding_window_attention(
 ) -> Float[Tensor, "b h n e"]:
     r"""Softmax attention in a band, as in Longformer (Beltagy et al. 2020), with the sinks of StreamingLLM (Xiao et al. 2024).
 
-    Query i stands at position $p = i + m - n$ (the last query at the last key) and uses the keys
-
-    $$K_i = \{ j : j \le p + \mathrm{right},\ (j \ge p - \mathrm{left}\ \text{or}\ j < \mathrm{sinks}),\ 0 \le j < m,\ \mathrm{mask}_j \}$$
+    Query i stands at position $p = i + m - n$, the last query at the last key, and uses the keys $K_i$: those $0 \le j < m$
+    that the mask leaves and for which $j \le p + \mathrm{right}$, and $j \ge p - \mathrm{left}$ or $j < \mathrm{sinks}$.
 
     $$o_i = \sum_{j \in K_i} \frac{e^{s\,\langle q_i, k_j \rangle}}{\sum_{l \in K_i} e^{s\,\langle q_i, k_l \rangle}}\, v_j$$
 
-    With ``right=0`` it is causal and sees ``left + 1`` keys, its own among them. A query without a key gives exactly 0, and gradients of 0.
-    Work O(n (left + right)), memory O(n + m). For one query it is a single call of SDPA on the keys in reach.
+    With ``right=0`` it is causal and sees ``left + 1`` keys, its own among them. A query without a key gives exactly 0, and
+    gradients of 0. Work O(n (left + right)), memory O(n + m). One query is a single call of SDPA on the keys in reach.
 
     Args:
         q: queries; h is a multiple of hk.
@@ -42,13 +42,13 @@ def sliding_window_attention(
         v: values, of any width e.
         left: how many keys before its own position a query sees, >= 0.
         right: how many keys after its own position a query sees, >= 0.
-        num_sinks: how many of the first keys given are seen from everywhere (but not from before them, beyond ``right``).
+        num_sinks: how many of the first keys given are seen from everywhere, but not from more than ``right`` before them.
         key_mask: True marks a real key. What stands at the others has no influence, nan included.
         scale: s, by default $d^{-1/2}$.
         backend: "auto", "reference" or "eager".
 
     Returns:
-        The outputs, in the common dtype of q, k and v.
+        The outputs, in the common dtype of q, k and v; half precisions are computed in float32.
 
     Raises:
         TypeError: a tensor is not of a floating dtype, or the mask not of bool.
@@ -56,8 +56,7 @@ def sliding_window_attention(
         BackendUnavailableError: an explicit ``backend`` cannot run here.
     """
     _check(q, k, v, left, right, num_sinks, key_mask)
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    q, k, v = (x.to(dtype) for x in (q, k, v))
+    q, k, v = common_dtype(q=q, k=k, v=v)
     if q.shape[2] == 0 or k.shape[2] == 0:
         return q.new_zeros(*q.shape[:3], v.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -69,8 +68,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, num_sinks: in
     for name, tensor in {"q": q, "k": k, "v": v}.items():
         if tensor.ndim != 4:
             raise ValueError(f"{name}: expected 4 axes (batch, heads, tokens, width), got shape {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"v: expected batch, heads and tokens of k {tuple(k.shape)}, got {tuple(v.shape)}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:

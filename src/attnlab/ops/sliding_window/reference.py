@@ -17,7 +17,10 @@ def attend(
     num_sinks: int,
     scale: float,
 ) -> Float[Tensor, "b h n e"]:
-    r"""$o_i = \sum_j w_{ij} v_j / \sum_j w_{ij}$ with $w_{ij} = e^{s\,\langle q_i, k_j\rangle}$ over the keys that i may use, 0 if there is none."""
+    r"""$o_i = \sum_j w_{ij} v_j / \sum_j w_{ij}$ with $w_{ij} = e^{s\,\langle q_i, k_j\rangle}$ over the allowed keys.
+
+    `sliding_window_attention` describes the arguments; a query without a key gives 0.
+    """
     allowed = allowed_pairs(q.shape[2], k.shape[2], left, right, num_sinks, q.device)[None, None]
     if key_mask is not None:
         allowed = allowed & key_mask[:, None, None]
@@ -34,7 +37,7 @@ def attend(
 def allowed_pairs(
     queries: int, keys: int, left: int, right: int, num_sinks: int, device: torch.device | None = None
 ) -> Bool[Tensor, "n m"]:
-    """Which key each query may use: with p = i + m - n, ``p - left <= j <= p + right``, or ``j < num_sinks`` and ``j <= p + right``."""
+    """Which key j each query at p = i + m - n may use: ``j <= p + right``, and ``j >= p - left`` or ``j < num_sinks``."""
     p = torch.arange(keys - queries, keys, device=device)[:, None]
     j = torch.arange(keys, device=device)
     return (j <= p + right) & ((j >= p - left) | (j < num_sinks))
