@@ -79,7 +79,7 @@ def _moh_gates(mixer, x: Tensor, shared: int, active: int) -> Tensor:
                 row[i] = shared * s[i] * balance[0]
         if active:
             p = torch.softmax(router.routed.weight @ token, 0)
-            best = sorted(range(heads - shared), key=lambda i: -float(p[i]))[:active]
+            best = sorted(range(heads - shared), key=lambda i: -float(p[i].detach()))[:active]
             total = sum(p[i] for i in best)
             for i in best:
                 row[shared + i] = active * p[i] / total * balance[1]

@@ -42,7 +42,7 @@ def test_mamba(options) -> None:
 def test_mamba_initialisation() -> None:
     mixer = create_mixer("mamba", 32, state_dim=4)
     torch.testing.assert_close(-mixer.A_log.exp(), -torch.arange(1.0, 5.0).expand(64, -1))
-    step = F.softplus(mixer.dt_proj.bias)
+    step = F.softplus(mixer.dt_proj.bias.detach())
     assert float(step.min()) >= 1e-3 * 0.999
     assert float(step.max()) <= 0.1 * 1.001
     assert all(getattr(p, "_no_weight_decay", False) for p in (mixer.A_log, mixer.D, mixer.dt_proj.bias))

@@ -27,7 +27,12 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": torch.relu, "elu": elu_plus_one, "identity": _identity}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": torch.relu,
+    "elu": elu_plus_one,
+    "identity": _identity,
+}
 _NORMS: dict[str, Callable[[Tensor], Tensor]] = {"l2": l2_normalize, "sum": sum_normalize}
 
 

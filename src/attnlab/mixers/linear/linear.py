@@ -19,7 +19,12 @@ from attnlab.mixers.attention import AttentionMixer, AttentionOptions
 from attnlab.mixers.parts.features import elu_plus_one
 from attnlab.ops.linear_attention import linear_attention
 
-FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {"elu": elu_plus_one, "relu": torch.relu, "softplus": F.softplus, "exp": torch.exp}
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu": elu_plus_one,
+    "relu": torch.relu,
+    "softplus": F.softplus,
+    "exp": torch.exp,
+}
 
 
 @mixers.register(
