@@ -11,6 +11,7 @@ from attnlab.core.catalog import mixers
 from attnlab.core.contract import Mixer
 from attnlab.core.grid import Grid, from_grid, to_grid
 from attnlab.core.info import Supports
+from attnlab.ops.backends import accumulate_dtype
 
 _POOLS = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 
@@ -92,10 +93,11 @@ class Pooling(Mixer):
     def _pool(self, x: Float[Tensor, "b n e"], mask: Tensor | None, grid: Grid) -> Float[Tensor, "b n e"]:
         pool = _POOLS[len(grid) - 1]
         half = self.size // 2
-        real = torch.ones_like(x[..., :1]) if mask is None else mask.unsqueeze(-1).to(x.dtype)
+        wide = accumulate_dtype(x.dtype)
+        real = (torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask).unsqueeze(-1).to(wide)
         # Both are means over the full window with zeros outside; their quotient is the mean over the real tokens.
         around = (half,) * (2 * len(grid))  # padded by hand: torch's 3-D pooling refuses a grid that is smaller than the window
-        total = pool(F.pad(to_grid(x, grid), around), self.size, stride=1)
+        total = pool(F.pad(to_grid(x.to(wide), grid), around), self.size, stride=1)
         share = pool(F.pad(to_grid(real, grid), around), self.size, stride=1)
         share = share.masked_fill(share == 0, 1.0)
-        return from_grid(total / share) - x
+        return from_grid(total / share).to(x.dtype) - x
