@@ -30,6 +30,18 @@ class QuadraticThoughLinear(ToyAttention):
     """Forms all pairs."""
 
 
+@torch.library.custom_op("attnlab_tests::nothing_from_all_pairs", mutates_args=(), schema="(Tensor x) -> Tensor")
+def nothing_from_all_pairs(x):
+    return 0.0 * (x @ x.mT).sum(dim=-1, keepdim=True)
+
+
+@plant("cost_exponent", "declared 1, measured")
+class QuadraticInCustomOperator(ToyRecurrence):
+    def accumulate(self, u: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        sums, total = super().accumulate(u, total)
+        return sums + nothing_from_all_pairs(u), total
+
+
 @plant("batch_coupled", "no output depends on another example", batch_coupled=True)
 class NotCoupled(ToyAttention):
     """Each example is alone."""

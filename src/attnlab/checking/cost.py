@@ -1,4 +1,4 @@
-"""The promised cost: work is counted at two lengths, on the meta device, and its growth compared with the exponent."""
+"""The promised cost: work is counted at two lengths, and its growth compared with the exponent."""
 
 from __future__ import annotations
 
@@ -23,13 +23,20 @@ ABOVE, BELOW = 0.15, 0.6
 
 _ROUNDS = ((512, 1024), (1024, 2048))  # the second only if the first disagrees: lower terms weigh less there
 
+_ATEN = torch.ops.aten
+_FLOPS = {
+    **flop_registry,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention],
+}
+_PLACES = {"index_put_", "index_copy_", "index_add_", "index_fill_", "scatter_", "scatter_add_", "scatter_reduce_"}
+
 
 class WorkCounter(TorchDispatchMode):
-    """Counts what runs inside the block.
+    """Counts what runs inside the block, on the CPU, inside custom operators too.
 
     Attributes:
-        work: floating-point operations of matrix products and convolutions, plus elements written by every operation that
-            makes or changes a tensor. No quadratic time or memory can hide from the sum of the two.
+        work: floating-point operations of matrix products, convolutions and fused attention, plus the elements that every
+            operation makes or changes. No time or memory that grows faster than the rest can hide from the sum.
     """
 
     def __init__(self) -> None:
@@ -38,21 +45,39 @@ class WorkCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace not in ("aten", "prim", "prims"):
+            with self:
+                return _kernel(func)(*args, **kwargs)
+        with self:
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
         out = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
+        if (formula := _FLOPS.get(func._overloadpacket)) is not None:
             self.work += formula(*args, **kwargs, out_val=out)
-        if func._schema.is_mutable:
-            self.work += _changed(args)
-        elif not func.is_view:
-            self.work += sum(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        if not func.is_view:
+            name = func._schema.name.partition("::")[2]
+            self.work += _largest(args[1:]) if name in _PLACES else _sum(out)
         return out
 
 
-def _changed(args: Any) -> int:
-    """Elements that an operation in place touches: those of the largest other tensor, as one row is put into a large one."""
-    sizes = [leaf.numel() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-    return max(sizes[1:], default=sizes[0] if sizes else 0)
+def _kernel(func: Any) -> Any:
+    """The function behind a custom operator, whose inside the counter sees."""
+    keys = torch._C.DispatchKey
+    key = keys.CPU if func.has_kernel_for_dispatch_key(keys.CPU) else keys.CompositeExplicitAutograd
+    return lambda *args, **kwargs: func._op_dk(key, *args, **kwargs)
+
+
+def _sizes(values: Any) -> list[int]:
+    return [leaf.numel() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _sum(values: Any) -> int:
+    return sum(_sizes(values))
+
+
+def _largest(values: Any) -> int:
+    return max(_sizes(values), default=0)
 
 
 def _grid(rank: int, n: int) -> Grid:
@@ -61,10 +86,10 @@ def _grid(rank: int, n: int) -> Grid:
 
 
 def work(mixer: Mixer, rank: int, n: int, *, masked: bool) -> int:
-    """What one forward pass over n tokens counts, on the meta device."""
+    """What one forward pass of a float32 mixer over n tokens counts."""
     grid = _grid(rank, n)
-    x = torch.empty(1, n + mixer.num_prefix, mixer.dim, device="meta")
-    mask = torch.ones(x.shape[:2], dtype=torch.bool, device="meta") if masked else None
+    x = torch.randn(1, n + mixer.num_prefix, mixer.dim)
+    mask = torch.ones(x.shape[:2], dtype=torch.bool) if masked else None
     with torch.no_grad(), WorkCounter() as counter:
         mixer(x, mask=mask, grid=grid if rank > 1 else None)
     return counter.work
@@ -83,9 +108,9 @@ def cost_exponent(bench: Bench) -> str:
     for lengths in _ROUNDS:
         found = {}
         for mixer in bench.mixers():
-            on_meta = copy.deepcopy(mixer).to(device="meta", dtype=torch.float32)
+            single = copy.deepcopy(mixer).to(torch.float32)
             for masked in {False, bench.supports.mask}:
-                found[f"causal={mixer.causal}{', masked' if masked else ''}"] = exponent(on_meta, rank, lengths, masked=masked)
+                found[f"causal={mixer.causal}{', masked' if masked else ''}"] = exponent(single, rank, lengths, masked=masked)
         worst = max(found, key=lambda said: found[said])
         measured = f"measured {found[worst]:.2f} from n={lengths[0]} to {lengths[1]} ({worst})"
         if declared - BELOW <= found[worst] <= declared + ABOVE:
