@@ -48,11 +48,12 @@ def _module(recording: Recording, config: dict) -> dict[str, Tensor]:
     results = {"out/y": y, "grad/x": x.grad}
     _, state = mixer.extend(x.detach(), mixer.init_state(x.shape[0]))
     results["out/final_ssm_state"] = state["ssm"]
-    # the authors keep the last d_conv inputs, the oldest of which no later output reads
-    window = recording["out/final_conv_state"].clone()
-    window[..., 1:] = state["window"].transpose(1, 2)
-    results["out/final_conv_state"] = window
-    return results
+    if "out/final_conv_state" in recording:
+        # the authors keep the last d_conv inputs, the oldest of which no later output reads
+        window = recording["out/final_conv_state"].clone()
+        window[..., 1:] = state["window"].transpose(1, 2)
+        results["out/final_conv_state"] = window
+    return {key: value for key, value in results.items() if key in recording}
 
 
 def run(recording: Recording) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from golden.recording import Recording, fill, renamed, rows
 def _pairs(recording: Recording, config: dict, lengths: Tensor, n: int) -> Tensor:
     """(b, 1, n, m): causality and window relative to each example's own last key, as the reference kernel aligns them."""
     m = recording["in/k"].shape[1]
-    left, right = config.get("window", config.get("window_size")) or (-1, -1)
+    left, right = next((value for key, value in config.items() if "window" in key and value), (-1, -1))
     if config.get("causal"):
         right = 0
     row = torch.arange(n)[None, :, None] + lengths[:, None, None] - n
@@ -36,8 +36,9 @@ def _function(recording: Recording, config: dict) -> dict[str, Tensor]:
     query_mask = recording.get("in/query_padding_mask")
     lengths = torch.full((b,), m) if key_mask is None else key_mask.sum(dim=1)
     bias = recording["in/sigmoid_bias"].reshape(1, 1, 1, 1)
-    if "in/alibi_slopes" in recording:
-        slopes = recording["in/alibi_slopes"].reshape(-1, q.shape[1])
+    slopes = recording.get("in/alibi_slopes")
+    if slopes is not None:
+        slopes = slopes.reshape(-1, q.shape[1])
         row = torch.arange(n)[None, :, None] + lengths[:, None, None] - n
         distance = (row - torch.arange(m)).abs()[:, None]
         bias = bias - slopes[:, :, None, None] * distance
