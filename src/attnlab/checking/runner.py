@@ -144,12 +144,13 @@ def _run(chosen: Check, subject: Subject, profile: Profile, seed: int, expected:
 
 
 def _said(error: Exception) -> str:
-    """What to tell: a violation speaks for itself, any other error is told with its place in the mixer's code."""
+    """What to tell: a violation speaks for itself, any other error is told with its last place outside of installed packages."""
     if isinstance(error, Violation):
         return str(error)
-    frame = traceback.extract_tb(error.__traceback__)[-1]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_file()]
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
     text = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {text[0][:300]} (at {Path(frame.filename).name}:{frame.lineno})"
+    return f"{type(error).__name__}: {text[0][:300]} (at {Path(own[-1].filename).name}:{own[-1].lineno})"
 
 
 def _unproven(subject: Subject, records: Sequence[Record]) -> list[Record]:
