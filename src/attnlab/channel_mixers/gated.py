@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +13,6 @@ from attnlab.channel_mixers.contract import ChannelMixer
 from attnlab.channel_mixers.registry import channel_mixers
 from attnlab.core.errors import UnknownNameError, nearest
 from attnlab.core.grid import Grid
-
-Activation = Literal["sigmoid", "silu", "gelu", "relu", "identity"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -47,7 +44,7 @@ class GLU(ChannelMixer):
         dim: int,
         hidden: int | None = None,
         *,
-        activation: Activation = "sigmoid",
+        activation: str = "sigmoid",
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

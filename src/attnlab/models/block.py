@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,10 +15,11 @@ from attnlab.core.grid import Grid
 from attnlab.core.masks import zero_masked
 from attnlab.core.state import State
 from attnlab.core.tokens import Tokens
-from attnlab.models.norms import NormName, create_norm
+from attnlab.models.norms import create_norm
 from attnlab.models.residual import Residual
 
-Placement = Literal["pre", "post", "sandwich"]
+PLACEMENTS = ("pre", "post", "sandwich")
+"""Where the norms of a block may stand."""
 
 
 class Block(nn.Module):
@@ -60,8 +60,8 @@ class Block(nn.Module):
         mixer: Mixer,
         channel_mixer: ChannelMixer | None = None,
         *,
-        norm: NormName = "layer_norm",
-        placement: Placement = "pre",
+        norm: str = "layer_norm",
+        placement: str = "pre",
         parallel: bool = False,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
@@ -72,9 +72,9 @@ class Block(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if placement not in get_args(Placement):
-            hint = nearest(placement, get_args(Placement))
-            raise UnknownNameError(f"placement: expected one of {get_args(Placement)}, got {placement!r}{hint}")
+        if placement not in PLACEMENTS:
+            hint = nearest(placement, PLACEMENTS)
+            raise UnknownNameError(f"placement: expected one of {PLACEMENTS}, got {placement!r}{hint}")
         for name, part in (("mixer", mixer), ("channel_mixer", channel_mixer)):
             if part is not None and part.dim != dim:
                 raise ValueError(f"{name}: expected width {dim} as the block, got {part.dim}")

@@ -101,7 +101,7 @@ def _nearest_widths(build: Callable[[int], nn.Module], target: int, step: int, m
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) < target else (low, middle)
-    return sorted({(k * step, count(k)) for k in (low, high)}, key=lambda found: abs(found[1] - target))
+    return sorted({(k * step, count(k)) for k in (low, high)}, key=lambda found: (abs(found[1] - target), found[0]))
 
 
 def _match_hidden(fine: Callable[[int, int], nn.Module], width: int, target: int) -> Matched:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 
 from attnlab.core.errors import UnknownNameError, nearest
 
-PositionName = Literal["none", "learned", "sinusoidal"]
+POSITIONS = ("none", "learned", "sinusoidal")
+"""Names that `PositionEmbedding` takes."""
 
 
 def token_positions(
@@ -60,7 +60,7 @@ class PositionEmbedding(nn.Module):
 
     def __init__(
         self,
-        name: PositionName,
+        name: str,
         dim: int,
         max_length: int | None = None,
         *,
@@ -69,9 +69,9 @@ class PositionEmbedding(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if name not in get_args(PositionName):
-            hint = nearest(name, get_args(PositionName))
-            raise UnknownNameError(f"position: expected one of {get_args(PositionName)}, got {name!r}{hint}")
+        if name not in POSITIONS:
+            hint = nearest(name, POSITIONS)
+            raise UnknownNameError(f"position: expected one of {POSITIONS}, got {name!r}{hint}")
         if name == "learned" and max_length is None:
             raise ValueError("max_length: expected a positive integer with position='learned', got None")
         self.name, self.max_length = name, max_length

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,17 +14,18 @@ from attnlab.core.errors import UnknownNameError, nearest
 from attnlab.core.grid import Grid, resolve_grid
 from attnlab.core.masks import check_mask, zero_masked
 from attnlab.core.tokens import Tokens
-from attnlab.models.block import Placement
-from attnlab.models.embedding import PositionEmbedding, PositionName, token_positions
-from attnlab.models.norms import NormName, create_norm
+from attnlab.models.embedding import PositionEmbedding, token_positions
+from attnlab.models.norms import create_norm
 from attnlab.models.registry import models
 from attnlab.models.stack import BlockOptions, MixerNames, MixerOptions, build_blocks, layer_schedule, require_sequence
 
-Pool = Literal["mean", "first", "last"]
-Input = Literal["tokens", "patches"]
+POOLS = ("mean", "first", "last")
+"""How tokens become one vector."""
+INPUTS = ("tokens", "patches")
+"""What the model reads."""
 
 
-def pool_tokens(x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None, pool: Pool) -> Float[Tensor, "b c"]:
+def pool_tokens(x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None, pool: str) -> Float[Tensor, "b c"]:
     """One vector an example: the mean of its real tokens, or the first or last of them; 0 where there is none."""
     if pool == "mean":
         if mask is None:
@@ -85,26 +86,27 @@ class EncoderClassifier(nn.Module):
         num_heads: int | None = None,
         *,
         mixer_options: MixerOptions | None = None,
-        input: Input = "tokens",
+        input: str = "tokens",
         vocab_size: int | None = None,
         patch_dim: int | None = None,
         grid: Grid | None = None,
-        pool: Pool = "mean",
+        pool: str = "mean",
         channel_mixer: str | None = "mlp",
         channel_options: Mapping[str, Any] | None = None,
-        norm: NormName = "layer_norm",
-        placement: Placement = "pre",
+        norm: str = "layer_norm",
+        placement: str = "pre",
         parallel: bool = False,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
-        position: PositionName = "learned",
+        position: str = "learned",
         max_length: int | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value, allowed in (("pool", pool, get_args(Pool)), ("input", input, get_args(Input))):
+        device = None if device is None else torch.device(device)
+        for name, value, allowed in (("pool", pool, POOLS), ("input", input, INPUTS)):
             if value not in allowed:
                 raise UnknownNameError(f"{name}: expected one of {allowed}, got {value!r}{nearest(value, allowed)}")
         schedule = layer_schedule(depth, mixer, mixer_options)
@@ -121,7 +123,7 @@ class EncoderClassifier(nn.Module):
         self.head = nn.Linear(dim, num_classes, device=device, dtype=dtype)
 
     @staticmethod
-    def _check_mixer(name: str, grid: Grid | None, pool: Pool) -> None:
+    def _check_mixer(name: str, grid: Grid | None, pool: str) -> None:
         info = mixer_info(name)
         if grid is None or len(grid) not in info.supports.grid:
             require_sequence(info)
@@ -158,11 +160,11 @@ class EncoderClassifier(nn.Module):
 
 
 def _input_layer(
-    input: Input,
+    input: str,
     dim: int,
     vocab_size: int | None,
     patch_dim: int | None,
-    device: torch.device | str | None,
+    device: torch.device | None,
     dtype: torch.dtype | None,
 ) -> nn.Module:
     needed, other = ("vocab_size", "patch_dim") if input == "tokens" else ("patch_dim", "vocab_size")

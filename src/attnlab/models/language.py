@@ -14,9 +14,9 @@ from attnlab.core.masks import check_mask, zero_masked
 from attnlab.core.state import State
 from attnlab.core.tokens import Tokens
 from attnlab.mixers.parts.short_convolution import ShortConvolution
-from attnlab.models.block import Block, Placement
-from attnlab.models.embedding import PositionEmbedding, PositionName, token_positions
-from attnlab.models.norms import NormName, create_norm
+from attnlab.models.block import Block
+from attnlab.models.embedding import PositionEmbedding, token_positions
+from attnlab.models.norms import create_norm
 from attnlab.models.registry import models
 from attnlab.models.stack import BlockOptions, MixerNames, MixerOptions, build_blocks, layer_schedule, require_causal
 
@@ -67,13 +67,13 @@ class CausalLM(nn.Module):
         mixer_options: MixerOptions | None = None,
         channel_mixer: str | None = "mlp",
         channel_options: Mapping[str, Any] | None = None,
-        norm: NormName = "rms_norm",
-        placement: Placement = "pre",
+        norm: str = "rms_norm",
+        placement: str = "pre",
         parallel: bool = False,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         short_conv: int = 0,
-        position: PositionName = "none",
+        position: str = "none",
         max_length: int | None = None,
         tie_embeddings: bool = True,
         generator: torch.Generator | None = None,
@@ -81,6 +81,7 @@ class CausalLM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        device = None if device is None else torch.device(device)
         schedule = layer_schedule(depth, mixer, mixer_options)
         for name, _ in schedule:
             require_causal(name)

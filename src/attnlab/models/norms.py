@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from attnlab.core.errors import UnknownNameError, UnsupportedError, nearest
 from attnlab.core.masks import zero_masked
-
-NormName = Literal["layer_norm", "rms_norm", "group_norm", "none"]
 
 
 class Norm(nn.Module):
@@ -96,11 +94,13 @@ class GroupNorm(Norm):
         return zero_masked(centred * (variance + 1e-5).rsqrt() * self.weight + self.bias, mask)
 
 
-_NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm, "group_norm": GroupNorm}
+_KINDS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm, "group_norm": GroupNorm}
+NORMS = (*_KINDS, "none")
+"""Names that `create_norm` takes."""
 
 
 def create_norm(
-    name: NormName,
+    name: str,
     dim: int,
     *,
     causal: bool = False,
@@ -122,9 +122,9 @@ def create_norm(
     """
     if name == "none":
         return Norm()
-    if name not in _NORMS:
-        raise UnknownNameError(f"norm: expected one of {get_args(NormName)}, got {name!r}{nearest(name, _NORMS)}")
-    if causal and not _NORMS[name].per_token:
-        can = [other for other, kind in _NORMS.items() if kind.per_token]
+    if name not in _KINDS:
+        raise UnknownNameError(f"norm: expected one of {NORMS}, got {name!r}{nearest(name, NORMS)}")
+    if causal and not _KINDS[name].per_token:
+        can = [other for other, kind in _KINDS.items() if kind.per_token]
         raise UnsupportedError(name, "a causal model", "its statistics run over all tokens, later ones too", can)
-    return _NORMS[name](dim, device=device, dtype=dtype)
+    return _KINDS[name](dim, device=device, dtype=dtype)

@@ -14,8 +14,7 @@ from attnlab.core.catalog import alternatives, create_mixer, mixer_info
 from attnlab.core.contract import Mixer
 from attnlab.core.errors import UnsupportedError
 from attnlab.core.info import MixerInfo
-from attnlab.models.block import Block, Placement
-from attnlab.models.norms import NormName
+from attnlab.models.block import Block
 
 MixerNames = str | Sequence[str]
 MixerOptions = Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -38,8 +37,8 @@ class BlockOptions:
 
     channel_mixer: str | None = "mlp"
     channel_options: Mapping[str, Any] = field(default_factory=dict)
-    norm: NormName = "rms_norm"
-    placement: Placement = "pre"
+    norm: str = "rms_norm"
+    placement: str = "pre"
     parallel: bool = False
     layer_scale: float | None = None
     drop_path: float = 0.0
@@ -78,12 +77,26 @@ def build_mixer(
     *,
     causal: bool,
     num_heads: int | None,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
+    layer: int = 0,
+    num_layers: int = 1,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Mixer:
-    """The mixer ``name`` for a model; ``num_heads``, ``device`` and ``dtype`` go only to those that have these options."""
+    """The mixer ``name`` for a model.
+
+    Args:
+        name: a registered mixer.
+        dim: width of the tokens.
+        options: the mixer's own options.
+        causal: whether the model is causal; a mixer that is always causal is so in any model.
+        num_heads: heads, for mixers that have some; None takes the mixer's default.
+        layer: where it stands, for mixers whose decay depends on it.
+        num_layers: of the model, likewise.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
     known = {option.name for option in mixer_info(name).options}
-    given: dict[str, Any] = {"num_heads": num_heads, "device": device, "dtype": dtype}
+    given: dict[str, Any] = {"num_heads": num_heads, "layer": layer, "num_layers": num_layers, "device": device, "dtype": dtype}
     wanted = {key: value for key, value in given.items() if value is not None and key in known}
     if causal and "causal" in known:
         wanted["causal"] = True
@@ -118,13 +131,23 @@ def build_blocks(
     *,
     causal: bool,
     num_heads: int | None,
-    device: torch.device | str | None,
+    device: torch.device | None,
     dtype: torch.dtype | None,
 ) -> nn.ModuleList:
     """One `Block` a layer of ``schedule``."""
     blocks = []
     for index, (name, own) in enumerate(schedule):
-        mixer = build_mixer(name, dim, own, causal=causal, num_heads=num_heads, device=device, dtype=dtype)
+        mixer = build_mixer(
+            name,
+            dim,
+            own,
+            causal=causal,
+            num_heads=num_heads,
+            layer=index,
+            num_layers=len(schedule),
+            device=device,
+            dtype=dtype,
+        )
         channel = None
         if options.channel_mixer is not None:
             channel = create_channel_mixer(

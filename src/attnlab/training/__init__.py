@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from attnlab.training.evaluation import evaluate
 from attnlab.training.loop import train
-from attnlab.training.optimizer import Schedule
 from attnlab.training.result import LogRow, Status, TrainResult
 
-__all__ = ["LogRow", "Schedule", "Status", "TrainResult", "evaluate", "train"]
+__all__ = ["LogRow", "Status", "TrainResult", "evaluate", "train"]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
 from attnlab.tasks.contract import Split, Task
 from attnlab.training.evaluation import evaluate
-from attnlab.training.optimizer import Schedule
 from attnlab.training.result import LogRow, TrainResult
 from attnlab.training.run import Recipe, Run
 
@@ -24,10 +23,11 @@ def train(
     learning_rate: float,
     weight_decay: float = 0.01,
     warmup: float = 0.1,
-    schedule: Schedule = "cosine",
+    schedule: str = "cosine",
     seed: int = 0,
     clip: float | None = 1.0,
     autocast: torch.dtype | None = None,
+    auxiliary: Mapping[str, float] | None = None,
     log_every: int = 20,
     callback: Callable[[LogRow], None] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -50,6 +50,7 @@ def train(
         seed: of the training batches and of what the model draws; torch's own generators are left as they were.
         clip: global gradient norm to clip to, or None.
         autocast: dtype of mixed precision, or None.
+        auxiliary: weights of losses that the model's parts emit, by name: ``{"balance_loss": 0.01}`` for routers.
         log_every: steps between rows of the history.
         callback: called with each row as it is logged.
         checkpoint: a file; if it is there, training goes on from it, on CPU bit-equal to a run that was never stopped.
@@ -62,7 +63,7 @@ def train(
     Raises:
         ValueError: for an argument out of range, or a checkpoint of another run.
     """
-    recipe = Recipe(steps, batch_size, learning_rate, weight_decay, warmup, schedule, seed, clip, autocast)
+    recipe = Recipe(steps, batch_size, learning_rate, weight_decay, warmup, schedule, seed, clip, autocast, dict(auxiliary or {}))
     run = Run(model, task, recipe, log_every, callback, checkpoint, checkpoint_every, time_limit)
     if not run.execute() or eval_split is None:
         return run.result({})

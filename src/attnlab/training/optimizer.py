@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-Schedule = Literal["cosine", "constant"]
+SCHEDULES = ("cosine", "constant")
+"""What the learning rate does after its rise."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -30,7 +31,7 @@ def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) 
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=real or None)
 
 
-def rate_factor(step: int, steps: int, warmup: float, schedule: Schedule) -> float:
+def rate_factor(step: int, steps: int, warmup: float, schedule: str) -> float:
     """Learning rate of ``step`` (from 0) over the peak: a linear rise, then constant or half a cosine down to 0.001.
 
     Args:

@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from attnlab.core.record import record
 from attnlab.tasks.contract import Batch, Task
 from attnlab.training import checkpoint as checkpoints
 from attnlab.training.evaluation import device_of, precision
-from attnlab.training.optimizer import Schedule, make_optimizer, rate_factor
+from attnlab.training.optimizer import SCHEDULES, make_optimizer, rate_factor
 from attnlab.training.result import LogRow, Status, TrainResult
 
 
@@ -30,10 +31,11 @@ class Recipe:
     learning_rate: float
     weight_decay: float
     warmup: float
-    schedule: Schedule
+    schedule: str
     seed: int
     clip: float | None
     autocast: torch.dtype | None
+    auxiliary: dict[str, float]
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
@@ -43,8 +45,8 @@ class Recipe:
                 "learning_rate, weight_decay, warmup: expected > 0, >= 0 and in [0, 1], "
                 f"got {self.learning_rate}, {self.weight_decay}, {self.warmup}"
             )
-        if self.schedule not in get_args(Schedule):
-            raise ValueError(f"schedule: expected one of {get_args(Schedule)}, got {self.schedule!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: expected one of {SCHEDULES}, got {self.schedule!r}")
         if self.clip is not None and self.clip <= 0.0:
             raise ValueError(f"clip: expected a positive number or None, got {self.clip}")
 
@@ -139,7 +141,7 @@ class Run:
         batch = batch.to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
         with precision(self.device, self.recipe.autocast):
-            loss = self.task.loss(self.model(batch.inputs, mask=batch.mask), batch)
+            loss = self._loss(batch)
         loss.backward()
         limit = math.inf if self.recipe.clip is None else self.recipe.clip
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -148,6 +150,15 @@ class Run:
             self.optimizer.step()
             self.progress.tokens += batch.num_tokens
         return value, size, rate
+
+    def _loss(self, batch: Batch) -> Tensor:
+        if not self.recipe.auxiliary:
+            return self.task.loss(self.model(batch.inputs, mask=batch.mask), batch)
+        with record(self.model, only=list(self.recipe.auxiliary)) as tape:
+            loss = self.task.loss(self.model(batch.inputs, mask=batch.mask), batch)
+        for name, weight in self.recipe.auxiliary.items():
+            loss = loss + weight * sum(value.float() for value in tape.matching(f"/{name}").values())
+        return loss
 
     def _log(self, norm: float, rate: float) -> None:
         done = self.progress
