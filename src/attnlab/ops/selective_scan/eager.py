@@ -169,15 +169,27 @@ def _blocks(x: Tensor, A: Tensor) -> list[slice]:
     return [slice(start, min(start + size, len(x))) for start in range(0, len(x), size)]
 
 
-@torch.library.custom_op("attnlab::selective_scan_forward", mutates_args=())
+@torch.library.custom_op(
+    "attnlab::selective_scan_forward",
+    mutates_args=(),
+    schema="(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor initial_state) -> (Tensor, Tensor, Tensor)",
+)
 @full_precision
-def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    x: Inexact[Tensor, "b n e"],
+    dt: Inexact[Tensor, "b n e"],
+    A: Inexact[Tensor, "e s"],
+    B: Inexact[Tensor, "..."],
+    C: Inexact[Tensor, "..."],
+    initial_state: Inexact[Tensor, "b e s"],
+) -> tuple[Inexact[Tensor, "b n e"], Inexact[Tensor, "b e s"], Inexact[Tensor, "pieces b g s p"]]:
     """The outputs, the last state, and the states at the starts of the pieces (pieces b g s p)."""
     y, last, starts = _forward_like(x, dt, A, B, C, initial_state)
+    starts[-2:] = 0
     for rows in _blocks(x, A):
         block = _Block(x, dt, A, B, C, rows)
         out, state = _rows(y[rows], block.groups), _by_group(initial_state[rows], block.groups)
-        for start, piece in zip(starts.unbind(0), block.pieces(), strict=True):
+        for start, piece in zip(starts, block.pieces(), strict=False):
             decay, states = block.run(piece, start[rows].copy_(state))
             out[piece] = block.C.gather(piece, states, scratch=decay)
             state = states[-1]
@@ -189,14 +201,27 @@ def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_sta
 def _forward_like(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, channels = x.shape
     groups = _group_count(B, C)
-    starts = x.new_empty((tokens + PIECE - 1) // PIECE, batch, groups, A.shape[1], channels // groups)
+    # One or two more than there are pieces: never 1, so that a symbolic length needs no guard.
+    starts = x.new_empty(tokens // PIECE + 2, batch, groups, A.shape[1], channels // groups)
     return x.new_empty(x.shape), x.new_empty(initial_state.shape), starts
 
 
-@torch.library.custom_op("attnlab::selective_scan_backward", mutates_args=())
+@torch.library.custom_op(
+    "attnlab::selective_scan_backward",
+    mutates_args=(),
+    schema="(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor starts, Tensor dy, Tensor dlast) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 @full_precision
 def _backward(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, dy: Tensor, dlast: Tensor
+    x: Inexact[Tensor, "b n e"],
+    dt: Inexact[Tensor, "b n e"],
+    A: Inexact[Tensor, "e s"],
+    B: Inexact[Tensor, "..."],
+    C: Inexact[Tensor, "..."],
+    starts: Inexact[Tensor, "pieces b g s p"],
+    dy: Inexact[Tensor, "b n e"],
+    dlast: Inexact[Tensor, "b e s"],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients, unconjugated, of x, dt, A, B, C and the initial state."""
     # What is constant over tokens has two axes, and is summed into.
@@ -215,7 +240,8 @@ def _backward_block(block: _Block, starts: Tensor, dy: Tensor, dlast: Tensor, ro
     grad_A = _Summed(dA, adjoint)
     grad_B, grad_C = (_Summed(g, adjoint) if g.ndim == 2 else _PerToken(g[rows]) for g in (dB, dC))
     carry = _by_group(dlast[rows], block.groups)
-    for start, piece in zip(reversed(starts.unbind(0)), reversed(block.pieces()), strict=True):
+    for number, piece in reversed(list(enumerate(block.pieces()))):
+        start = starts[number]
         decay, states = block.run(piece, start)
         part = adjoint[: len(states)]
         grad_C.add(piece, states, dy[piece])

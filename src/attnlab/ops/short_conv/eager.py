@@ -58,15 +58,25 @@ def _blocks(x: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + size, tokens))
 
 
-@torch.library.custom_op("attnlab::short_conv_forward", mutates_args=())
+@torch.library.custom_op(
+    "attnlab::short_conv_forward", mutates_args=(), schema="(Tensor padded, Tensor weight, Tensor? bias) -> Tensor"
+)
 @full_precision
-def _forward(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _forward(
+    padded: Float[Tensor, "b p c"], weight: Float[Tensor, "c w"], bias: Float[Tensor, "c"] | None
+) -> Float[Tensor, "b n c"]:
     return _sum_of_taps(padded, weight, bias)
 
 
-@torch.library.custom_op("attnlab::short_conv_backward", mutates_args=())
+@torch.library.custom_op(
+    "attnlab::short_conv_backward",
+    mutates_args=(),
+    schema="(Tensor padded, Tensor weight, Tensor dy) -> (Tensor, Tensor, Tensor)",
+)
 @full_precision
-def _backward(padded: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    padded: Float[Tensor, "b p c"], weight: Float[Tensor, "c w"], dy: Float[Tensor, "b n c"]
+) -> tuple[Float[Tensor, "b p c"], Float[Tensor, "c w"], Float[Tensor, "c"]]:
     """The gradients of the padded inputs, the weight, and a bias."""
     taps = weight.shape[1]
     pieces = list(_blocks(dy))

@@ -108,11 +108,23 @@ class _Work:
         return torch.mul(tile, self.scale, out=self.buffers("queries", *tile.shape))
 
 
-@torch.library.custom_op("attnlab::sliding_window_forward", mutates_args=())
+@torch.library.custom_op(
+    "attnlab::sliding_window_forward",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? key_mask, SymInt left, SymInt right, SymInt num_sinks, float scale) "
+    "-> (Tensor, Tensor)",
+)
 @full_precision
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, left: int, right: int, num_sinks: int, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b hk m d"],
+    v: Float[Tensor, "b hk m e"],
+    key_mask: Bool[Tensor, "b m"] | None,
+    left: int,
+    right: int,
+    num_sinks: int,
+    scale: float,
+) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h n 1"]]:
     """The output, and the logarithm (to base 2) of each query's sum of weights, (b h n 1)."""
     work = _Work(q, k, v, key_mask, left, right, num_sinks, scale)
     out = work.q.new_empty(*work.q.shape[:3], v.shape[-1])
@@ -142,21 +154,26 @@ def _(
     return out, q.new_empty(*q.shape[:3], 1, dtype=accumulate_dtype(q.dtype))
 
 
-@torch.library.custom_op("attnlab::sliding_window_backward", mutates_args=())
+@torch.library.custom_op(
+    "attnlab::sliding_window_backward",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor out, Tensor logsum, Tensor dout, SymInt left, SymInt right, "
+    "SymInt num_sinks, float scale) -> (Tensor, Tensor, Tensor)",
+)
 @full_precision
 def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    out: Tensor,
-    logsum: Tensor,
-    dout: Tensor,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b hk m d"],
+    v: Float[Tensor, "b hk m e"],
+    key_mask: Bool[Tensor, "b m"] | None,
+    out: Float[Tensor, "b h n e"],
+    logsum: Float[Tensor, "b h n 1"],
+    dout: Float[Tensor, "b h n e"],
     left: int,
     right: int,
     num_sinks: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b hk m d"], Float[Tensor, "b hk m e"]]:
     """The gradients of q, k and v."""
     work = _Work(q, k, v, key_mask, left, right, num_sinks, scale)
     dout = dout.to(work.q.dtype)
