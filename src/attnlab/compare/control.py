@@ -1,4 +1,4 @@
-"""The equivalence control: the same function through two backends must tie, or no difference between mechanisms means anything."""
+"""The equivalence control: one function through two backends must tie, or no difference between mechanisms means anything."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ def rounding(spec: Mapping[str, Any]) -> Agreement:
     task = load_task(spec["task"]["name"], spec["task"]["options"])
     batch = next(task.train_batches(BATCH, torch.Generator().manual_seed(0)))
     mixer = spec["mixer"]
-    built = build_model(
-        spec["task"]["name"], spec["task"]["options"], mixer["name"], mixer["options"], spec["budget"], seed=0
-    )
+    built = build_model(spec["task"]["name"], spec["task"]["options"], mixer["name"], mixer["options"], spec["budget"], seed=0)
     state = built.model.state_dict()
 
     def run(dtype: torch.dtype) -> tuple[Float[Tensor, "_"], Float[Tensor, "_"]]:

@@ -50,10 +50,13 @@ class LayerCosts:
 
 def read_costs(rows: Sequence[Row]) -> dict[str, LayerCosts]:
     """The costs by mixer, of the timing cells that have finished."""
-    return {row.member.mixer: _costs(row.member.mixer, row.result) for row in rows if row.member.role == "timing" and row.result}
+    return {
+        row.member.mixer: costs_of(row.member.mixer, row.result) for row in rows if row.member.role == "timing" and row.result
+    }
 
 
-def _costs(mixer: str, result: Mapping[str, Any]) -> LayerCosts:
+def costs_of(mixer: str, result: Mapping[str, Any]) -> LayerCosts:
+    """The costs in the result of a timing cell."""
     directions = [name for name in ("forward", "training") if name in result]
     return LayerCosts(
         mixer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 Where = Literal["always", "at", "never"]
@@ -53,7 +54,7 @@ def crossover(lengths: Sequence[int], ratios: Sequence[float]) -> Crossover:
     """
     if not lengths or len(lengths) != len(ratios) or min([*lengths, *ratios]) <= 0:
         raise ValueError(f"lengths, ratios: expected as many positive numbers in both, got {list(lengths)} and {list(ratios)}")
-    if any(b <= a for a, b in zip(lengths, lengths[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(lengths)):
         raise ValueError(f"lengths: expected rising numbers, got {list(lengths)}")
     slower = [i for i, ratio in enumerate(ratios) if ratio >= 1.0]
     if not slower:

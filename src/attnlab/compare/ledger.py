@@ -1,4 +1,4 @@
-"""The ledger: every cell, who works on it, and its result, in one SQLite file that several processes share and a kill cannot harm."""
+"""The ledger: every cell, who works on it, and its result, in one SQLite file that processes share and a kill cannot harm."""
 
 from __future__ import annotations
 
@@ -150,8 +150,8 @@ class Ledger:
     def _take(self, db: sqlite3.Connection, run: int, row: sqlite3.Row) -> Claim:
         token, owner = uuid.uuid4().hex, self._owner
         db.execute(
-            "UPDATE cells SET status = 'claimed', attempts = attempts + 1, token = ?, host = ?, pid = ?, started = ?, heartbeat = ?"
-            " WHERE key = ?",
+            "UPDATE cells SET status = 'claimed', attempts = attempts + 1, token = ?, host = ?, pid = ?, started = ?,"
+            " heartbeat = ? WHERE key = ?",
             (token, owner.host, owner.pid, owner.started, time.time(), row["key"]),
         )
         self._log(db, run, row["key"], "claimed" if row["status"] == "pending" else "taken over", f"process {owner.pid}")

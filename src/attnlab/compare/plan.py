@@ -160,9 +160,7 @@ class Plan:
         }
         return counts
 
-    def train(
-        self, role: Role, task: PlannedTask, mixer: MixerChoice, rate: float, seed: int, backend: str = "auto"
-    ) -> Member:
+    def train(self, role: Role, task: PlannedTask, mixer: MixerChoice, rate: float, seed: int, backend: str = "auto") -> Member:
         """One training run."""
         budget = {key: value for key, value in task.budget.items() if key != "learning_rates"}
         spec = {**_subject(task, mixer), "budget": budget, "learning_rate": rate, "seed": seed, "backend": backend}

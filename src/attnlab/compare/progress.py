@@ -41,7 +41,7 @@ class Display:
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, TextColumn("{task.fields[left]}"), console=console, transient=True)
         self._bar = self._progress.add_task("preparing", total=sum(expected.values()), left="")
-        self._seen: set[tuple[str, str]] | None = None
+        self._seen: set[tuple[str, Role]] | None = None
         self._started = time.monotonic()
 
     def __enter__(self) -> Display:
@@ -69,7 +69,7 @@ class Display:
             self._print_new(settled, keys, left)
         self._seen = keys
 
-    def _print_new(self, settled: Sequence[Row], keys: set[tuple[str, str]], left: float) -> None:
+    def _print_new(self, settled: Sequence[Row], keys: set[tuple[str, Role]], left: float) -> None:
         total = sum(self._expected.values())
         if self._seen is None:
             if keys:
@@ -78,7 +78,9 @@ class Display:
         new = [row for row in settled if (row.key, row.member.role) not in self._seen]
         for row in new:
             took = "failed" if row.seconds is None else f"{row.seconds:.1f} s"
-            self._console.print(f"[{len(keys)}/{total}] {row.member.cell.label}: {took}, about {duration(left)} left", markup=False)
+            self._console.print(
+                f"[{len(keys)}/{total}] {row.member.cell.label}: {took}, about {duration(left)} left", markup=False
+            )
 
 
 def time_left(rows: Sequence[Row], expected: Mapping[Role, int], workers: int) -> float:

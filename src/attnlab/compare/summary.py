@@ -63,7 +63,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Overall:
-    """A mixer against softmax attention over all tasks and seeds: mean difference in units of the task's spread, and its p value."""
+    """A mixer against softmax attention over all tasks and seeds: mean difference in units of a task's spread, and its p."""
 
     mixer: str
     effect: float
@@ -167,7 +167,9 @@ def _score(task: PlannedTask, mixer: str, rows: Sequence[Row]) -> Score:
     trained = [row for row in rows if row.member.role in ("sweep", "seed") and row.member.cell.spec["learning_rate"] == best]
     trained.sort(key=lambda row: row.member.cell.spec["seed"])
     tests = {row.member.cell.spec["trained"]: row for row in rows if row.member.role == "test"}
-    kept = [row for row in trained if row.result is not None and row.key in tests and _metric(tests[row.key], task.metric) is not None]
+    kept = [
+        row for row in trained if row.result is not None and row.key in tests and _metric(tests[row.key], task.metric) is not None
+    ]
     test = tuple(float(_metric(tests[row.key], task.metric) or 0.0) for row in kept)
     pending = any(row.status not in ("finished", "failed") for row in [*trained, *tests.values()])
     state: State = "unfinished" if pending or not test else "scored"
@@ -215,9 +217,7 @@ def _ranked(task: PlannedTask, scores: Mapping[str, Score], reference: str | Non
     return out
 
 
-def _tie(
-    task: PlannedTask, rows: Sequence[Row], scores: Sequence[Score], mixers: Mapping[str, Mapping[str, Any]]
-) -> Tie | None:
+def _tie(task: PlannedTask, rows: Sequence[Row], scores: Sequence[Score], mixers: Mapping[str, Mapping[str, Any]]) -> Tie | None:
     reference = _reference(mixers)
     own = [row for row in rows if (row.member.task, row.member.mixer) == (task.label, reference)]
     if reference is None or not own:

@@ -13,17 +13,14 @@ from torch import nn
 
 from attnlab.compare.cells import Cell
 from attnlab.compare.control import rounding
-from attnlab.compare.cost import layer_flops, state_bytes
-from attnlab.compare.gate import gate
 from attnlab.compare.layers import Layer
-from attnlab.compare.memory import peak_bytes
+from attnlab.compare.measure import measure
 from attnlab.compare.plan import build_model, load_task
-from attnlab.compare.timing import Direction, time_layer
+from attnlab.compare.suites import Timing
 from attnlab.ops.backends import use_backend
 from attnlab.training import LogRow, evaluate, train
 
 CURVE_POINTS = 25
-DIRECTIONS: tuple[Direction, ...] = ("forward", "training")
 
 
 class Interrupted(Exception):
@@ -103,27 +100,10 @@ def _rounding(spec: Mapping[str, Any], weights: Callable[[str], bytes], check: C
 
 
 def _timing(spec: Mapping[str, Any], weights: Callable[[str], bytes], check: Callable[[], None]) -> Done:
-    timing, mixer = spec["timing"], spec["mixer"]
-    layer = Layer(mixer["name"], spec["causal"], timing["dim"], timing["num_heads"], timing["batch_size"], mixer["options"])
-    agreed = gate(layer)
-    result: dict[str, Any] = {"gate": agreed.record(), "causal": spec["causal"], "threads": torch.get_num_threads()}
-    if not agreed.passed:
-        return Done(result)
-    lengths = timing["lengths"]
-    for direction in DIRECTIONS:
-        times = {}
-        for length in lengths:
-            check()
-            times[str(length)] = time_layer(
-                layer, length, direction, seconds=timing["seconds"], pairs=timing["pairs"]
-            ).record()
-        result[direction] = times
-        result[f"{direction}_memory"] = {
-            str(length): peak_bytes(layer, length, direction) for length in timing["memory_lengths"]
-        }
-    result["flops"] = {str(length): layer_flops(layer, length) for length in lengths}
-    result["state_bytes"] = {str(length): state_bytes(layer, length) for length in (lengths[0], lengths[-1])}
-    return Done(result)
+    mixer, sizes = spec["mixer"], dict(spec["timing"])
+    timing = Timing(tuple(sizes.pop("lengths")), tuple(sizes.pop("memory_lengths")), **sizes)
+    layer = Layer(mixer["name"], spec["causal"], timing.dim, timing.num_heads, timing.batch_size, mixer["options"])
+    return Done(measure(layer, timing, check))
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
