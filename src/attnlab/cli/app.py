@@ -78,10 +78,11 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         print(f"attnlab {version('attnlab')}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

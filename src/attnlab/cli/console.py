@@ -12,6 +12,8 @@ from rich.table import Table
 
 PIPED_WIDTH = 200
 """Columns where the output is no terminal and ``COLUMNS`` says nothing: tables keep one row a line for grep."""
+ROOMY = 110
+"""Columns from which on tables have a column of prose; in a narrower terminal it would be a tower of single words."""
 
 
 def console() -> Console:
@@ -26,8 +28,8 @@ def print_json(data: Any) -> None:
 
 
 def plain_table(*columns: str) -> Table:
-    """A table without a frame, with these columns; the last one is cut where the terminal ends."""
+    """A table without a frame, with these columns; in a narrow terminal the last one wraps, the others keep their width."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        table.add_column(column, no_wrap=True, overflow="ellipsis" if column == columns[-1] else "fold")
+        table.add_column(column, no_wrap=column != columns[-1])
     return table

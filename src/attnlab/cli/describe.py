@@ -17,8 +17,8 @@ from attnlab.papers.catalog import Paper, citation, paper
 from attnlab.papers.evidence import TIERS, Proof, load
 
 _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-_SAMPLE_SIZES = {"dim": 64, "num_heads": 4, "head_dim": 16, "depth": 2, "vocab_size": 256, "num_classes": 10}
-_TYPICAL_MIXER = ("dim", "num_heads", "causal")
+_SAMPLE_SIZES = {"dim": 64, "num_heads": 4, "head_dim": 16, "depth": 2, "vocab_size": 256, "max_length": 512, "num_classes": 10}
+_DEPENDENT = ("vocab_size", "max_length")  # optional by signature, but needed by the other defaults
 
 
 def registry(kind: str) -> Registry[Any]:
@@ -124,12 +124,13 @@ def entry_data(entry: Entry[Any]) -> dict[str, Any]:
 def example(entry: Entry[Any]) -> str:
     """A line of Python that builds a small one; ``...`` stands for what only the user can know."""
     info = entry.info
-    needed = {o.name: _SAMPLE_SIZES.get(o.name, ...) for o in info.options if o.default is ...}
+    required = [o.name for o in info.options if o.default is ... or (o.name in _DEPENDENT and o.default is None)]
+    needed: dict[str, Any] = {name: _SAMPLE_SIZES.get(name, ...) for name in required}
     if isinstance(info, MixerInfo):
-        known = {option.name for option in info.options}
-        typical = {"dim": 64, "num_heads": 4, "causal": info.supports.causal != "no"}
-        needed = {name: typical[name] for name in _TYPICAL_MIXER if name in known}
-        needed = {name: value for name, value in needed.items() if value is not False} | dict(info.example)
+        defaults = {option.name: option.default for option in info.options}
+        heads = {"num_heads": 4} if defaults.get("num_heads", 1) != 1 else {}  # 1: a mechanism without heads
+        causal = {"causal": True} if info.supports.causal == "optional" else {}
+        needed = {"dim": 64} | heads | causal | dict(info.example)
         return f"attnlab.create_mixer({_call(entry.name, needed)})"
     module = registry(info.kind).package
     return f"{module}.create_{info.kind}({_call(entry.name, needed)})"

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from attnlab.cli.console import console, plain_table, print_json
+from attnlab.cli.console import ROOMY, console, plain_table, print_json
 from attnlab.cli.describe import cost_text, headline, listing_data, registry
 from attnlab.core.info import Info, MixerInfo
 from attnlab.core.registry import Entry
@@ -52,19 +52,24 @@ def select(pattern: str, kind: str, family: str | None, filters: dict[str, objec
 
 def _print(found: Sequence[Entry[Any]], kind: str) -> None:
     if kind == "mixer":
-        columns = ["name", "family", "causal", "streaming", "grid", "cross", "cost", "summary"]
-        rows = [(entry.name, entry.info.family, *_promises(entry.info), headline(entry)) for entry in found]
+        columns = ["name", "family", "causal", "streaming", "grid", "cross", "cost"]
+        rows = [[entry.name, entry.info.family, *_promises(entry.info)] for entry in found]
     else:
-        columns = ["name", "family", "paper", "summary"]
-        rows = [(entry.name, entry.info.family, entry.info.paper or "", headline(entry)) for entry in found]
+        columns = ["name", "family", "paper"]
+        rows = [[entry.name, entry.info.family, entry.info.paper or ""] for entry in found]
+    out = console()
+    if out.width >= ROOMY:
+        columns.append("summary")
+        rows = [[*row, headline(entry)] for row, entry in zip(rows, found, strict=True)]
     table = plain_table(*columns)
     table.columns[0].style = "bold cyan"
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    out = console()
     out.print(table)
     kinds = kind.replace("_", " ") + "s" * (len(found) != 1)
     out.print(Text(f"{len(found)} {kinds}; `attnlab info NAME` tells more", style="dim"))
+    for module, error in registry(kind).broken.items():
+        print(f"{module} could not be imported: {error}", file=sys.stderr)
 
 
 def _promises(info: Info) -> tuple[str, ...]:

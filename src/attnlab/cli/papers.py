@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from attnlab.cli.console import console, plain_table, print_json
+from attnlab.cli.console import ROOMY, console, plain_table, print_json
 from attnlab.cli.describe import paper_data
 from attnlab.papers.catalog import citation, paper
 from attnlab.papers.coverage import CoverageRow, coverage
@@ -70,23 +70,24 @@ def row_data(row: CoverageRow) -> dict[str, Any]:
 
 
 def _print_table(rows: Sequence[CoverageRow]) -> None:
-    table = plain_table("#", "paper", "year", "implemented by", "holds", "missing", "title")
+    out = console()
+    roomy = out.width >= ROOMY
+    table = plain_table("#", "paper", "year", "implemented by", "holds", "missing", *(["title"] if roomy else []))
     table.columns[0].justify = "right"
     table.columns[1].style = "cyan"
     for row in rows:
         held = sorted({tier for tiers in row.tiers.values() for tier in tiers})
         missing = sorted({tier for tiers in row.missing.values() for tier in tiers})
-        cells = (
+        cells = [
             str(row.paper.index),
             row.paper.slug,
             str(row.paper.year),
             ", ".join(row.things),
             " ".join(held),
             " ".join(missing),
-            row.paper.title,
-        )
-        table.add_row(*(Text(cell) for cell in cells))
-    console().print(table)
+        ]
+        table.add_row(*(Text(cell) for cell in (*cells, *([row.paper.title] if roomy else []))))
+    out.print(table)
 
 
 def _print_one(row: CoverageRow) -> None:
