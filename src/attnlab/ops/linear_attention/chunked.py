@@ -10,9 +10,9 @@ Backward, with $D = dO\,V^\top \odot M$ and the gradient $R'$ of the state after
 $$dQ = D K + \Lambda\, dO\, S^\top, \quad dK = D^\top Q + \Gamma V R'^\top, \quad dV = (QK^\top \odot M)^\top dO + \Gamma K R',
 \quad R = \lambda^C R' + (\Lambda Q)^\top dO .$$
 
-The states of a whole segment are one product of the writes with the powers of $\lambda^C$. With $A$ the contribution of token c
-to token r proportional to $\lambda^{r-c}$, the gradient of $\log\lambda$ is
-$\sum_r r\,(q_r \cdot dq_r) - \sum_c c\,(k_c \cdot dk_c) + C\,\langle R', S'\rangle$, summed over the chunks.
+The states of a whole segment are one product of its writes with the powers of $\lambda^C$. What token c adds to token r holds
+$\lambda^{r-c}$, and what it adds to the state after the chunk $\lambda^{C-c}$, so that a chunk's part of the gradient of
+$\log\lambda$ is $\sum_r r\,(q_r \cdot dq_r - k_r \cdot dk_r) + C\,\langle R', S'\rangle$.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from attnlab.ops.chunks import blocks, full_precision, head_groups, land, landin
 from attnlab.ops.linear_attention.decay import Decay
 
 CHUNK = 64  # tokens
-TILE = 32  # chunks: enough to hide the cost of calling an op, few enough for a core's second-level cache
+TILE = 64  # chunks: enough to hide the cost of calling an op, few enough for a core's second-level cache
 
 Rows = Float[Tensor, "bh n d"]
 Chunks = Float[Tensor, "chunks size _"]
