@@ -1,0 +1,98 @@
+"""What pages written by hand can say between double braces: live numbers, and lists of the mechanisms that qualify."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from attnlab import Supports, list_mixers
+from attnlab.cli.docstrings import parse
+from attnlab.papers.evidence import TIERS
+from sitegen import facts, prose
+
+EXAMPLES = Path(__file__).parents[3] / "docs" / "examples"
+"""Programs that pages show and the tests run."""
+
+
+def fill(markdown: str, page: str) -> str:
+    """A page's Markdown with its macros expanded; ``page`` is its path, from which links lead."""
+    here = posixpath.dirname(page)
+
+    def mixers(**wanted: object) -> str:
+        names = list_mixers(**wanted)  # type: ignore[arg-type]
+        return ", ".join(f"[`{n}`]({posixpath.relpath(f'mechanisms/{n}.md', here or '.')})" for n in names) or "none yet"
+
+    env = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    env.globals |= {
+        "n": facts.numbers(),
+        "mixers": mixers,
+        "example": lambda name: (EXAMPLES / name).read_text(encoding="utf-8").rstrip(),
+        "command": command,
+        "tier_table": tier_table,
+        "thumbnails": thumbnails,
+        "report_picture": report_picture,
+        "law_tables": law_tables,
+        "supports_table": supports_table,
+        "mixer_table": lambda: mixer_table(posixpath.relpath("mechanisms", here or ".")),
+    }
+    return env.from_string(markdown).render()
+
+
+def command(name: str) -> str:
+    """A set-up command of the README: what its fenced block after ``<!-- command: name -->`` holds."""
+    text = (EXAMPLES.parents[1] / "README.md").read_text(encoding="utf-8")
+    match = re.search(rf"<!-- command: {name} -->\n```sh\n(.*?)\n```", text, re.DOTALL)
+    if match is None:
+        raise ValueError(f"README.md: expected a fenced block after <!-- command: {name} -->, found none")
+    return match[1]
+
+
+def thumbnails() -> str:
+    """The first map of every mixer, small, each a link to its page."""
+    link = '<a class="thumb" href="mechanisms/{0}/"><img src="mechanisms/maps/{0}-0-0.png" alt="" width="36" height="36">{0}</a>'
+    return "\n".join(['<div class="thumbs" markdown="0">', *map(link.format, list_mixers()), "</div>"])
+
+
+def report_picture() -> str:
+    """The picture of a report, once there is one in ``docs/images``."""
+    exists = (EXAMPLES.parent / "images" / "report.png").exists()
+    return "![A report of attnlab compare: mechanisms ranked on three tasks](images/report.png)" if exists else ""
+
+
+def tier_table() -> str:
+    """The tiers, and how many mixers reach each with how many cases."""
+    numbers = facts.numbers()
+    lines = ["| tier | proves | mixers | cases |", "|---|---|--:|--:|"]
+    for tier, meaning in TIERS.items():
+        held = numbers["tiers"][tier]
+        lines.append(f"| {tier} | {prose.cell(meaning)} | {held['mixers']} of {numbers['mixers']} | {held['cases']} |")
+    return "\n".join(lines)
+
+
+def law_tables() -> str:
+    """A section a law, with its checks."""
+    lines = []
+    for number, law, checks in facts.laws():
+        lines += ["", f"### {f'{number}. ' if number else ''}{law.capitalize()}", "", "| check | demands |", "|---|---|"]
+        lines += [f"| `{check.name}` | {prose.cell(check.summary)} |" for check in checks]
+    return "\n".join(lines)
+
+
+def supports_table() -> str:
+    """The promises and their meaning."""
+    rows = parse(Supports.__doc__).arguments.items()
+    return "\n".join(["| promise | meaning |", "|---|---|", *(f"| `{name}` | {prose.cell(text)} |" for name, text in rows)])
+
+
+def mixer_table(folder: str | None = None) -> str:
+    """All mixers; with ``folder`` their names are links to their pages there."""
+    lines = ["| mechanism | family | causal | streaming | grid | cost | paper |", "|---|---|---|---|---|---|---|"]
+    for row in facts.mixer_rows():
+        name = f"`{row['name']}`" if folder is None else f"[`{row['name']}`]({folder}/{row['name']}.md)"
+        rest = (row[key] for key in ("causal", "streaming", "grid", "cost"))
+        family = row["family"].replace("_", " ")
+        lines.append(f"| {name} | {family} | {' | '.join(rest)} | {prose.cell(row['paper'])} |")
+    return "\n".join(lines)

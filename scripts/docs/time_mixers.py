@@ -1,0 +1,27 @@
+"""Measure what every mixer costs against its length; writes ``docs/data/timings.json``, which the documentation draws."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # read when torch loads: spinning teams of threads starve each other
+
+import argparse
+
+from sitegen.timings import CACHE, load, measure, save
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time mixers in interleaved pairs with softmax attention.")
+    parser.add_argument("names", nargs="*", help="mixers; all without any")
+    parser.add_argument("--seconds", type=float, default=0.35, help="about how long one length takes in one direction")
+    options = parser.parse_args()
+    data = measure(options.names or None, seconds=options.seconds, say=lambda line: print(line, flush=True))
+    if options.names:
+        data["mixers"] = load()["mixers"] | data["mixers"]
+    save(data)
+    print(f"wrote {CACHE}")
+
+
+if __name__ == "__main__":
+    main()
