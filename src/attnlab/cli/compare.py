@@ -19,7 +19,9 @@ def compare(
     out: Annotated[
         str | None, typer.Option(help="Folder of ledger and report [default: runs/SUITE].", show_default=False)
     ] = None,
-    workers: Annotated[int, typer.Option(help="Training processes of one thread each; 0 trains in this process.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(help="Training processes [default: the suite's]; 0: this process.", show_default=False)
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Set an earlier ledger aside instead of going on with it.")] = False,
     no_timing: Annotated[bool, typer.Option("--no-timing", help="Measure neither speed nor memory.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,

@@ -72,7 +72,7 @@ class Tie:
             return False
         if self.rounding is None or self.difference is None:
             return None
-        return self.allowed is None or abs(self.difference) <= self.allowed
+        return self.allowed is None or abs(self.difference) <= self.allowed * (1 + 1e-9)
 
 
 def judge(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from attnlab.compare.ledger import Claim, Heartbeat, Ledger, Row
 from attnlab.compare.plan import Plan
@@ -16,6 +16,7 @@ TIMING: tuple[str, ...] = ("timing",)
 POLL_SECONDS = 0.2
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """What follows the work: a progress display, or nothing."""
 

@@ -59,7 +59,7 @@ def compare(
     seeds: int | None = None,
     learning_rates: Sequence[float] | None = None,
     timing: bool = True,
-    workers: int = 0,
+    workers: int | None = None,
     fresh: bool = False,
     console: Console | None = None,
     citations: Mapping[str, Citation] | None = None,
@@ -75,7 +75,8 @@ def compare(
         seeds: runs of each mixer on each task, in place of the suite's.
         learning_rates: rates of the sweep on every task, in place of the suite's.
         timing: False measures no speed and no memory.
-        workers: processes that train, one thread each; 0 trains in this process with all its threads. Timing is always done here.
+        workers: processes that train, one thread each, in place of the suite's; 0 trains in this process with all its threads.
+            Timing is always done in this process, alone.
         fresh: set an earlier ledger aside and start anew.
         console: where progress is shown; None shows nothing.
         citations: papers by slug, for the report's links.
@@ -86,23 +87,24 @@ def compare(
         ValueError: for a number out of range.
         KeyboardInterrupt: stopped; cells in work have been given back, and the same call goes on from there.
     """
-    if workers < 0:
-        raise ValueError(f"workers: expected 0 or more, got {workers}")
     chosen = suite if isinstance(suite, Suite) else load_suite(suite)
-    chosen = select(chosen, mixers=mixers, tasks=tasks, seeds=seeds, learning_rates=learning_rates, timing=timing)
+    chosen = select(
+        chosen, mixers=mixers, tasks=tasks, seeds=seeds, learning_rates=learning_rates, timing=timing, workers=workers
+    )
     folder = Path(out) if out is not None else Path("runs") / chosen.name
     if fresh:
         set_aside(folder / LEDGER)
     machine = machine_facts()
     plan = Plan(chosen, machine)
     own_command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    facts = {**describe(plan), "machine": machine, "command": command or own_command, "workers": workers}
+    processes = min(chosen.workers, available_cores())
+    facts = {**describe(plan), "machine": machine, "command": command or own_command, "workers": processes}
     with Ledger(folder / LEDGER) as ledger:
         run = ledger.open_run(facts)
         grown = ledger.add(run, plan.ready([]))
         if grown:
             ledger.retry_failed(run)
-        _execute(ledger, run, plan, workers, console)
+        _execute(ledger, run, plan, processes, console)
     return make_report(folder / LEDGER, folder, citations=citations)
 
 
@@ -125,7 +127,7 @@ def _train(ledger: Ledger, run: int, plan: Plan, workers: int, watcher: Watcher)
     if workers == 0:
         work_here(ledger, run, plan, TRAINING, watcher)
     else:
-        work_in_pool(ledger, run, plan, TRAINING, watcher, min(workers, max(1, available_cores())))
+        work_in_pool(ledger, run, plan, TRAINING, watcher, workers)
 
 
 def set_aside(ledger: Path) -> Path | None:

@@ -110,7 +110,7 @@ def _quality_pictures(summary: Summary, styles: dict[str, Style]) -> Iterator[Pi
 
 
 def _tradeoffs(summary: Summary, styles: dict[str, Style]) -> Iterator[Picture]:
-    def memory(score: Score) -> float | None:
+    def memory(score: Score) -> int | float | None:
         cost = summary.costs.get(score.mixer)
         return None if cost is None or not cost.memory else cost.memory["training"].get(longest)
 

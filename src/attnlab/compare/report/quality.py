@@ -78,10 +78,10 @@ def quality(summary: Summary, task: PlannedTask, styles: Styles) -> go.Figure:
 
 
 def against(
-    summary: Summary, task: PlannedTask, styles: Styles, cost: Callable[[Score], float | None], title: str, unit: str
+    summary: Summary, task: PlannedTask, styles: Styles, cost: Callable[[Score], int | float | None], title: str, unit: str
 ) -> go.Figure:
     """Mean quality against a cost on a logarithmic axis; points that no other beats in both are joined."""
-    known = [(score, value) for score in ordered(summary, task) if (value := cost(score)) is not None and value > 0]
+    known = [(score, float(value)) for score in ordered(summary, task) if (value := cost(score))]
     if not known:
         return figure()
     means = [score.interval.mean if score.interval else 0.0 for score, _ in known]

@@ -19,7 +19,7 @@ class Entry:
     """A table cell: what is shown, what it is sorted by, smaller lines below, a class for the style sheet, a spread beside."""
 
     text: str
-    sort: float | str | None = None
+    sort: int | float | str | None = None
     notes: tuple[str, ...] = ()
     kind: str = ""
     spread: str = ""

@@ -35,7 +35,7 @@ def half_width_text(task: PlannedTask, interval: Interval | None) -> str:
     return f"± {100 * half:.1f}" if task.metric in PERCENT else f"± {half:.3f}"
 
 
-def bytes_text(count: float | None) -> str:
+def bytes_text(count: int | float | None) -> str:
     """``"512 B"``, ``"1.5 KiB"``, ``"24 MiB"``."""
     if count is None:
         return "–"
@@ -56,7 +56,7 @@ def seconds_text(seconds: float | None) -> str:
     return f"{seconds:.3g} s"
 
 
-def count_text(count: float | None) -> str:
+def count_text(count: int | float | None) -> str:
     """``"1,234"``, ``"56.7 k"``, ``"3.2 M"``, ``"1.1 G"``."""
     if count is None:
         return "–"

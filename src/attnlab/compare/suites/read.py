@@ -59,7 +59,7 @@ def parse_suite(data: Mapping[str, Any], name: str) -> Suite:
     rest = {key: value for key, value in data.items() if key not in ("tasks", "mixers", "timing")}
     if "learning_rates" in rest:
         rest["learning_rates"] = numbers("learning_rates", rest["learning_rates"])
-    for key, kind in (("seeds", int), ("control", bool), ("summary", str), ("name", str)):
+    for key, kind in (("seeds", int), ("workers", int), ("control", bool), ("summary", str), ("name", str)):
         if key in rest and type(rest[key]) is not kind:
             raise TypeError(f"{key}: expected {kind.__name__}, got {rest[key]!r}")
     return Suite(
@@ -115,6 +115,7 @@ def select(
     seeds: int | None = None,
     learning_rates: Sequence[float] | None = None,
     timing: bool = True,
+    workers: int | None = None,
 ) -> Suite:
     """A suite with some of it exchanged, as the command line's options do.
 
@@ -125,6 +126,7 @@ def select(
         seeds: number of seeds.
         learning_rates: rates of the sweep.
         timing: False leaves timing out.
+        workers: processes that train.
     """
     changes: dict[str, Any] = {}
     if mixers is not None:
@@ -137,6 +139,8 @@ def select(
         changes["tasks"] = tuple(own.get(name) or TaskChoice(name) for name in tasks)
     if seeds is not None:
         changes["seeds"] = seeds
+    if workers is not None:
+        changes["workers"] = workers
     if learning_rates is not None:
         changes["learning_rates"] = tuple(learning_rates)
     if not timing:

@@ -108,6 +108,7 @@ class Suite:
         learning_rates: rates of the sweep at seed 0 on every task; None takes each task's own.
         timing: None measures no speed.
         control: train softmax through a second backend as well, which must tie.
+        workers: processes that train, one thread each, no more than there are cores; 0 trains in the calling process.
 
     Raises:
         ValueError: if something is empty, repeated or out of range.
@@ -121,6 +122,7 @@ class Suite:
     learning_rates: tuple[float, ...] | None = None
     timing: Timing | None = None
     control: bool = True
+    workers: int = 0
 
     def __post_init__(self) -> None:
         for what, names in (("tasks", [t.label for t in self.tasks]), ("mixers", [m.label for m in self.mixers])):
@@ -130,8 +132,9 @@ class Suite:
                 raise ValueError(
                     f"suite {self.name!r}: {what}: {', '.join(repeated)} more than once; give each entry a label of its own"
                 )
-        if self.seeds < 1:
-            raise ValueError(f"suite {self.name!r}: seeds: expected at least 1, got {self.seeds}")
+        for what, number, least in (("seeds", self.seeds, 1), ("workers", self.workers, 0)):
+            if number < least:
+                raise ValueError(f"suite {self.name!r}: {what}: expected at least {least}, got {number}")
         if self.learning_rates is not None and (not self.learning_rates or min(self.learning_rates) <= 0):
             raise ValueError(f"suite {self.name!r}: learning_rates: expected positive numbers, got {list(self.learning_rates)}")
         labels = [mixer.label for mixer in self.mixers]

@@ -1,0 +1,83 @@
+"""A comparison that is killed goes on where it was: nothing finished runs twice, nothing is lost."""
+
+from __future__ import annotations
+
+import collections
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from attnlab.compare.ledger import Ledger
+from attnlab.compare.run import LEDGER, REPORT
+
+PROGRAM = """
+import sys, torch
+from attnlab.compare import compare
+torch.set_num_threads(1)
+if __name__ == "__main__":
+    found = compare("smoke", sys.argv[1], workers=int(sys.argv[2]), timing=False)
+    sys.exit(0 if found.ok else 1)
+"""
+
+
+def start(folder, workers):
+    script = folder / "program.py"
+    script.write_text(PROGRAM)
+    environment = {**os.environ, "GOMP_SPINCOUNT": "20000"}
+    return subprocess.Popen([sys.executable, str(script), str(folder), str(workers)], env=environment, start_new_session=True)
+
+
+def finished(folder):
+    if not (folder / LEDGER).exists():
+        return set()
+    with Ledger(folder / LEDGER) as ledger:
+        return {event["key"] for event in ledger.events() if event["kind"] == "finished"}
+
+
+def wait_for(condition, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+def descendants_of(group):
+    """Processes of a process group that are still running."""
+    found = subprocess.run(["ps", "-o", "pid=,stat=", "-g", str(group)], capture_output=True, text=True, check=False).stdout
+    return [line for line in found.splitlines() if line.split()[1][0] != "Z"]
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_and_run_again(tmp_path, workers):
+    process = start(tmp_path, workers)
+    wait_for(lambda: len(finished(tmp_path)) >= 4)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: not descendants_of(process.pid), 20.0)  # workers notice that their parent is gone
+    before = finished(tmp_path)
+    assert before and not (tmp_path / REPORT).exists(), "it was killed in the middle"
+
+    assert start(tmp_path, workers).wait(timeout=120) == 0
+    with Ledger(tmp_path / LEDGER) as ledger:
+        rows, events = ledger.rows(2), ledger.events()
+    assert len(rows) == 36 and {row.status for row in rows} == {"finished"}
+    counts = collections.Counter(event["key"] for event in events if event["kind"] == "finished")
+    assert set(counts.values()) == {1}, "no cell was finished twice"
+    assert before <= set(counts), "nothing finished was lost"
+    again = {event["key"] for event in events if event["run"] == 2 and event["kind"] in ("claimed", "taken over")}
+    assert not again & before, "nothing finished was started again"
+    assert "stdlib_text" in (tmp_path / REPORT).read_text(encoding="utf-8")
+
+
+def test_two_runs_share_a_ledger(tmp_path):
+    processes = [start(tmp_path, 0) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    with Ledger(tmp_path / LEDGER) as ledger:
+        counts = collections.Counter(event["kind"] for event in ledger.events())
+    assert counts == {"claimed": 36, "finished": 36}
