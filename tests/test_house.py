@@ -30,7 +30,7 @@ FLOORS = (
 )
 # Rooms divided into packages that do not import each other. The room's own modules serve all of them, and so do the packages
 # named here; its modules import none of its packages, but for its __init__, which gathers them.
-DIVIDED: dict[str, set[str]] = {"ops": set(), "mixers": set()}
+DIVIDED: dict[str, set[str]] = {"ops": set(), "mixers": {"parts"}}
 FACADES = {"attnlab", "attnlab.__main__"}  # stand above the top floor: import anything, imported by nothing
 
 

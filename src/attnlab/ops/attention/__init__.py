@@ -47,7 +47,7 @@ def attention(
         key_mask: (b, m), True marks a key that may be used.
         pair_mask: (b or 1, h or 1, n, m), True: this query may use this key.
         normalizer: "softmax", or element-wise "sigmoid", "relu", "identity".
-        backend: "auto", "reference" (the formula) or "eager" (SDPA for softmax, blocks over queries for element-wise normalisers).
+        backend: "auto", "reference" (the formula) or "eager" (SDPA for softmax, blocks of queries for element-wise normalisers).
 
     Raises:
         ValueError: for shapes that do not fit.
@@ -58,9 +58,8 @@ def attention(
             f"q, k, v: expected 4 dimensions (b, heads, tokens, width), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise ValueError(
-            f"k, v: expected shapes (b, hk, m, d) and (b, hk, m, e) for q {tuple(q.shape)}, got {tuple(k.shape)} and {tuple(v.shape)}"
-        )
+        shapes = f"{tuple(k.shape)} and {tuple(v.shape)}"
+        raise ValueError(f"k, v: expected shapes (b, hk, m, d) and (b, hk, m, e) for q {tuple(q.shape)}, got {shapes}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"k: expected a number of heads that divides the {q.shape[1]} of q, got {k.shape[1]}")
     if normalizer not in NORMALIZERS:

@@ -47,6 +47,6 @@ def masked_weights(
         return normalizer.weights(logits)
     if normalizer.elementwise:
         return normalizer.weights(logits.masked_fill(~allowed, 0.0)).masked_fill(~allowed, 0.0)
-    # A row that allows nothing is normalised as if it allowed everything, then zeroed: no NaN arises, so none can spread backward.
+    # A row that allows nothing is normalised as if it allowed everything, then zeroed: no NaN arises that could spread.
     usable = allowed | ~allowed.any(dim=-1, keepdim=True)
     return normalizer.weights(logits.masked_fill(~usable, float("-inf"))).masked_fill(~allowed, 0.0)

@@ -1,6 +1,7 @@
 r"""Softmax attention over a part of the keys with its log-sum-exp, and the merge of such parts.
 
-$$\mathrm{lse}_i = \log \sum_j \exp(s\, q_i^\top k_j + b_{ij}), \qquad o_i = \sum_j \exp(s\, q_i^\top k_j + b_{ij} - \mathrm{lse}_i)\, v_j$$
+$$\mathrm{lse}_i = \log \sum_j \exp(s\, q_i^\top k_j + b_{ij}), \qquad
+  o_i = \sum_j \exp(s\, q_i^\top k_j + b_{ij} - \mathrm{lse}_i)\, v_j$$
 
 A part without keys has $o = 0$, $\mathrm{lse} = -\infty$ and is neutral. The merge of parts is associative and commutative, so a
 sequence of keys can be split over blocks, workers or devices and give what one softmax over all gives.
@@ -52,9 +53,8 @@ def partial_attention(
         ValueError: for shapes that do not fit.
     """
     if q.dim() != 4 or k.shape[:3] != v.shape[:3] or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
-        raise ValueError(
-            f"q, k, v: expected (b, h, n, d), (b, h, m, d), (b, h, m, e), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k, v: expected (b, h, n, d), (b, h, m, d), (b, h, m, e), got {shapes}")
     if scale is None:
         scale = q.shape[-1] ** -0.5
     return Partial(*PARTIAL_ATTENTION(backend, q)(q, k, v, scale=scale, bias=bias, allowed=allowed))
