@@ -61,7 +61,7 @@ def test_with_a_key_mask_and_nan_behind_it(shape, window):
 @pytest.mark.parametrize("masked", [False, True])
 def test_chunks_of_any_size(monkeypatch, size, masked):
     monkeypatch.setattr(eager, "CHUNK", {"cpu": size})
-    mask = some_real_keys(3, 150) if masked else None
+    mask = some_real_keys(3, 100) if masked else None
     assert_equal_in_float64(*both(40, 3, 5, key_mask=mask), *draw(3, 4, 2, 100, 100, 4, 4))
 
 

@@ -20,8 +20,8 @@ from attnlab.ops.backends import accumulate_dtype
 from attnlab.ops.chunks import full_precision
 from attnlab.ops.sliding_window.blocks import Buffers, Chunk, Keys, Plan, Sinks, Window
 
-CHUNK = {"cpu": 2**19}
-"""Scores in a chunk by device, to fit the second cache level; 2**25 elsewhere."""
+CHUNK = {"cpu": 2**20}
+"""Scores in a chunk by device: few enough for a CPU's cache, many enough for its threads to meet seldom; 2**25 elsewhere."""
 
 LN2 = math.log(2)
 
