@@ -39,7 +39,7 @@ def run(*arguments):
 def test_compare_and_report(tmp_path):
     suite, out = tmp_path / "mine.toml", tmp_path / "out"
     suite.write_text(SUITE)
-    done = run("compare", "--suite", suite, "--out", out)
+    done = run("compare", "--suite", suite, "--out", out, "--workers", 2)
     assert done.exit_code == 0, done.output
     assert "softmax" in done.stdout and "report.html" in done.stdout
     assert "one seed tells no two mechanisms apart" in done.stdout

@@ -66,6 +66,22 @@ def test_equal_differences():
     assert ours.paired_test([2.0, 3.0], [1.0, 2.0]).p == 0.0
 
 
+def test_equal_values_of_a_rounded_metric_are_no_certainty():
+    assert ours.mean_interval([1.0, 1.0, 1.0]).high == 1.0
+    found = ours.mean_interval([1.0, 1.0, 1.0], resolution=0.01)
+    assert found.high == pytest.approx(1.0 + scipy.stats.t.ppf(0.975, 2) * 0.01 / np.sqrt(12) / np.sqrt(3))
+    a, b = [0.99, 0.98], [0.98, 0.97]
+    assert ours.verdict(a, b, higher_is_better=True, resolution=0.01) == "cannot tell"
+    assert ours.verdict([0.9, 0.9], [0.1, 0.1], higher_is_better=True, resolution=0.01) == "better"
+
+
+def test_many_signs_are_flipped_at_random():
+    differences = list(DRAW.normal(0.4, 1.0, 24))
+    expected = scipy.stats.wilcoxon(differences).pvalue
+    assert ours.sign_flip_p(differences) == pytest.approx(expected, abs=0.08)
+    assert ours.sign_flip_p([1.0] * 24) < 1e-4
+
+
 def test_ranks_say_when_they_cannot_tell():
     values = {"good": [0.90, 0.91], "also": [0.70, 0.99], "bad": [0.10, 0.11]}
     ranks = ours.rank(values, higher_is_better=True)

@@ -18,7 +18,8 @@ from attnlab.core.errors import UnsupportedError
 from attnlab.tasks import Budget, Task, create_task, reference_model
 
 SWEEP_SEED = 0
-TRAINED = ("sweep", "seed", "control")
+SHARES = {"accuracy"}
+"""Metrics that are shares of examples."""
 
 
 @functools.lru_cache(maxsize=8)
@@ -69,6 +70,11 @@ class PlannedTask:
     budget: dict[str, Any]
     baselines: dict[str, dict[str, float]]
     split_examples: int
+
+    @property
+    def resolution(self) -> float:
+        """The step in which the metric comes on the test split: one example where it is a share of them, else none."""
+        return 1.0 / self.split_examples if self.metric in SHARES else 0.0
 
     def better(self, a: float, b: float) -> bool:
         """Whether the metric's value a is better than b."""

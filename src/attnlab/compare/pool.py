@@ -44,7 +44,7 @@ def work_in_pool(ledger: Ledger, run: int, plan: Plan, kinds: Sequence[str], wat
             if settled(rows, kinds):
                 return
             pool = [process if process.is_alive() else start() for process in pool]
-            time.sleep(POLL_SECONDS)
+            time.sleep(2 * POLL_SECONDS)  # reading the ledger costs the workers time
     finally:
         stop.set()
         deadline = time.monotonic() + GRACE_SECONDS

@@ -58,8 +58,13 @@ def t_quantile(p: float, df: int) -> float:
     return 0.5 * (low + high)
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
+def mean_interval(values: Sequence[float], resolution: float = 0.0) -> Interval:
     """Mean and 95 % interval: Student's t below `BOOTSTRAP_FROM` values, a percentile bootstrap from there on.
+
+    Args:
+        values: one a seed.
+        resolution: the step in which they come, such as one evaluation example: a few values that happen to be equal are still
+            rounded, so their deviation is taken to be at least that of rounding, resolution / sqrt(12).
 
     Raises:
         ValueError: if there are no values.
@@ -74,7 +79,8 @@ def mean_interval(values: Sequence[float]) -> Interval:
         draws = np.random.default_rng(0).integers(count, size=(10_000, count))
         low, high = np.quantile(data[draws].mean(axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
         return Interval(mean, float(low), float(high), count)
-    half = t_quantile((1 + CONFIDENCE) / 2, count - 1) * float(data.std(ddof=1)) / math.sqrt(count)
+    deviation = max(float(data.std(ddof=1)), resolution / math.sqrt(12))
+    half = t_quantile((1 + CONFIDENCE) / 2, count - 1) * deviation / math.sqrt(count)
     return Interval(mean, mean - half, mean + half, count)
 
 
@@ -94,10 +100,10 @@ class Paired:
         return (low > 0) - (high < 0)
 
 
-def paired_test(a: Sequence[float], b: Sequence[float]) -> Paired:
+def paired_test(a: Sequence[float], b: Sequence[float], resolution: float = 0.0) -> Paired:
     """Student's paired t test; its interval is that of `mean_interval` over the differences.
 
-    With equal differences (no spread at all) the p value is 0 if they are not 0, and 1 if they are.
+    With equal differences of values without a ``resolution`` the p value is 0 if they are not 0, and 1 if they are.
 
     Raises:
         ValueError: if they are not of one length, or empty.
@@ -105,25 +111,34 @@ def paired_test(a: Sequence[float], b: Sequence[float]) -> Paired:
     if len(a) != len(b):
         raise ValueError(f"a, b: expected as many values in both, got {len(a)} and {len(b)}")
     differences = [x - y for x, y in zip(a, b, strict=True)]
-    interval, count = mean_interval(differences), len(differences)
+    step = resolution * math.sqrt(2)  # a difference of two rounded values is rounded twice
+    interval, count = mean_interval(differences, step), len(differences)
     if count < 2:
         return Paired(interval, None)
-    spread = float(np.std(differences, ddof=1)) / math.sqrt(count)
+    spread = max(float(np.std(differences, ddof=1)), step / math.sqrt(12)) / math.sqrt(count)
     if spread == 0.0:
         return Paired(interval, 1.0 if interval.mean == 0.0 else 0.0)
     return Paired(interval, 2.0 * t_cdf(-abs(interval.mean / spread), count - 1))
 
 
-def sign_flip_p(differences: Sequence[float]) -> float:
-    """Two-sided p value that paired differences have mean 0, by all sign flips (up to 16 of them): no assumption on their spread.
+def sign_flip_p(differences: Sequence[float], draws: int = 100_000) -> float:
+    """Two-sided p value that paired differences have mean 0, by flipping signs: no assumption on their spread.
+
+    Args:
+        differences: up to 16 of them are flipped in every possible way, more in ``draws`` random ways.
+        draws: for more than 16.
 
     Raises:
-        ValueError: if there are none, or more than 16.
+        ValueError: if there are none.
     """
-    if not 1 <= len(differences) <= 16:
-        raise ValueError(f"differences: expected 1 to 16, got {len(differences)}")
+    if not differences:
+        raise ValueError("differences: expected at least one, got none")
     data = np.asarray(differences, dtype=np.float64)
-    bits = np.arange(2 ** len(data))[:, None] >> np.arange(len(data)) & 1
+    if len(data) <= 16:
+        bits = np.arange(2 ** len(data))[:, None] >> np.arange(len(data)) & 1
+    else:
+        bits = np.random.default_rng(0).integers(2, size=(draws, len(data)))
+        bits[0] = 1  # what was observed is one of the ways
     totals = np.abs(((2 * bits - 1) * data).sum(axis=1))
     return float((totals >= abs(data.sum()) * (1 - 1e-12)).mean())
 
@@ -148,27 +163,29 @@ class Rank:
         return str(self.best) if self.best == self.worst else f"{self.best}–{self.worst}"
 
 
-def rank(values: Mapping[str, Sequence[float]], *, higher_is_better: bool) -> dict[str, Rank]:
+def rank(values: Mapping[str, Sequence[float]], *, higher_is_better: bool, resolution: float = 0.0) -> dict[str, Rank]:
     """Ranks by paired tests over seeds; those with fewer seeds are paired over the seeds that both have.
 
     Args:
         values: a value a seed, in the same order of seeds, for each name.
         higher_is_better: direction of the metric.
+        resolution: its step, as `mean_interval` takes it.
     """
     sign = 1 if higher_is_better else -1
     order = sorted(values, key=lambda name: -sign * float(np.mean(values[name])))
     ranks = {}
     for name in order:
-        verdicts = [verdict(values[name], values[other], higher_is_better=higher_is_better) for other in order if other != name]
+        others = [values[other] for other in order if other != name]
+        verdicts = [verdict(values[name], b, higher_is_better=higher_is_better, resolution=resolution) for b in others]
         best, worst = 1 + verdicts.count("worse"), len(order) - verdicts.count("better")
         ranks[name] = Rank(order.index(name) + 1, best, worst)
     return ranks
 
 
-def verdict(a: Sequence[float], b: Sequence[float], *, higher_is_better: bool) -> Verdict:
+def verdict(a: Sequence[float], b: Sequence[float], *, higher_is_better: bool, resolution: float = 0.0) -> Verdict:
     """Whether a is better or worse than b, by the paired test over the values that both have."""
     count = min(len(a), len(b))
-    sign = paired_test(a[:count], b[:count]).sign * (1 if higher_is_better else -1)
+    sign = paired_test(a[:count], b[:count], resolution).sign * (1 if higher_is_better else -1)
     return "better" if sign > 0 else "worse" if sign < 0 else "cannot tell"
 
 

@@ -184,7 +184,7 @@ def _score(task: PlannedTask, mixer: str, rows: Sequence[Row]) -> Score:
         swept,
         tuple(float(value) for row in kept if (value := _metric(row, task.metric)) is not None),
         test,
-        mean_interval(test) if test else None,
+        mean_interval(test, task.resolution) if test else None,
         beats_baselines=all(task.better(value, strongest) for value in test) if test else None,
         parameters=results[0]["parameters"] if results else None,
         width=results[0]["width"] if results else None,
@@ -207,12 +207,13 @@ def best_of(task: PlannedTask, values: Sequence[float]) -> float:
 
 def _ranked(task: PlannedTask, scores: Mapping[str, Score], reference: str | None) -> list[Score]:
     values = {name: score.test for name, score in scores.items() if score.test}
-    ranks = rank(values, higher_is_better=task.higher_is_better) if values else {}
+    ranks = rank(values, higher_is_better=task.higher_is_better, resolution=task.resolution) if values else {}
     out = []
     for name, score in scores.items():
         versus = None
         if reference in values and name in values and name != reference:
-            versus = verdict(values[name], values[str(reference)], higher_is_better=task.higher_is_better)
+            a, b = values[name], values[str(reference)]
+            versus = verdict(a, b, higher_is_better=task.higher_is_better, resolution=task.resolution)
         out.append(Score(**{**vars(score), "rank": ranks.get(name), "versus": versus}))
     return out
 
@@ -227,7 +228,7 @@ def _tie(task: PlannedTask, rows: Sequence[Row], scores: Sequence[Score], mixers
     here = {score.mixer: score for score in scores if score.task == task.label}
     first = here[reference].valid[0] if here[reference].valid else None
     seeds = [score.valid for score in here.values() if score.valid]
-    return judge(task.label, first, second, seeds, agrees, resolution=1.0 / task.split_examples)
+    return judge(task.label, first, second, seeds, agrees, resolution=task.resolution)
 
 
 def _overall(tasks: Mapping[str, PlannedTask], scores: Sequence[Score], reference: str | None) -> tuple[Overall, ...]:
@@ -243,6 +244,6 @@ def _overall(tasks: Mapping[str, PlannedTask], scores: Sequence[Score], referenc
             sign = 1.0 if task.higher_is_better else -1.0
             pairs = zip(here[name].test, here[str(reference)].test, strict=False)
             differences += [sign * (a - b) / spread for a, b in pairs]
-        if 1 < len(differences) <= 16:
+        if len(differences) > 1:
             found.append(Overall(name, float(np.mean(differences)), len(differences), sign_flip_p(differences)))
     return tuple(found)

@@ -74,6 +74,7 @@ def render(summary: Summary, citations: Mapping[str, Citation]) -> str:
         date=time.strftime("%d %B %Y, %H:%M", time.localtime(summary.facts["started"])).lstrip("0"),
         headlines=words.headlines(summary),
         limits=words.limits(summary),
+        exclusions=words.exclusions(summary),
         columns=tables.columns(summary),
         columns_note=tables.columns_note(summary),
         rows=tables.main_rows(summary, styles),

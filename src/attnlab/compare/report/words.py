@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from attnlab.compare.plan import PlannedTask
+from attnlab.compare.plan import SHARES, PlannedTask
 from attnlab.compare.statistics import Interval
 from attnlab.compare.suites import REFERENCE
 from attnlab.compare.summary import Score, Summary, best_of
 
 METRICS = {"accuracy": "accuracy", "bits_per_byte": "bits per byte"}
-PERCENT = {"accuracy"}
 
 
 def metric_name(task: PlannedTask) -> str:
@@ -24,7 +23,7 @@ def value_text(task: PlannedTask, value: float | None) -> str:
     """A value of the task's metric: shares in per cent, others with three decimals."""
     if value is None:
         return "–"
-    return f"{100 * value:.1f} %" if task.metric in PERCENT else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if task.metric in SHARES else f"{value:.3f}"
 
 
 def half_width_text(task: PlannedTask, interval: Interval | None) -> str:
@@ -32,7 +31,7 @@ def half_width_text(task: PlannedTask, interval: Interval | None) -> str:
     if interval is None or interval.high is None:
         return ""
     half = interval.high - interval.mean
-    return f"± {100 * half:.1f}" if task.metric in PERCENT else f"± {half:.3f}"
+    return f"± {100 * half:.1f}" if task.metric in SHARES else f"± {half:.3f}"
 
 
 def bytes_text(count: int | float | None) -> str:
@@ -188,16 +187,32 @@ def best_baseline(task: PlannedTask) -> tuple[str, float]:
     return next(name for name in values if values[name] == value).replace("_", " "), value
 
 
+def exclusions(summary: Summary) -> list[tuple[str, str, str]]:
+    """Mixers that could not be what a task needs, by task and reason: mixers, task, reason."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for item in summary.facts["exclusions"]:
+        groups.setdefault((item["task"], item["reason"]), []).append(item["mixer"])
+    return [(listing(names, 20), task, reason) for (task, reason), names in groups.items()]
+
+
+def at_the_edge(summary: Summary) -> int:
+    """How many sweeps of three or more rates chose the smallest or the largest."""
+    swept = [(score.rate, [rate for rate, _ in score.sweep]) for score in summary.scores if score.rate is not None]
+    return sum(rate in (min(rates), max(rates)) for rate, rates in swept if len(rates) > 2)
+
+
 def limits(summary: Summary) -> Sequence[str]:
     """What this evidence cannot show."""
     seeds = int(summary.facts["suite"]["seeds"])
     rates = len(next(iter(summary.tasks.values())).budget["learning_rates"])
     freedom = " with one degree of freedom, and therefore wide" if seeds == 2 else ""
+    edge = at_the_edge(summary)
+    edges = f" In {edge} sweep{'s' if edge > 1 else ''} the best rate was the smallest or the largest tried." if edge else ""
     return [
         f"{'One seed' if seeds == 1 else f'{seeds} seeds'} a mechanism: intervals are Student's t over seeds{freedom}. They do "
         "not cover the choice of evaluation examples, nor that of the learning rate.",
         f"{rates} learning rate{'s' if rates > 1 else ''} tried, with one seed: a coarse sweep can misrank mechanisms, "
-        "recurrent ones above all.",
+        f"recurrent ones above all.{edges}",
         "Small models, short training, short sequences: what holds here need not hold at scale. Ranks are not corrected for "
         "the number of comparisons.",
         "Layer times are of this machine, in float32, and of these implementations; a mechanism may have faster kernels "
