@@ -8,14 +8,17 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # read when torch loads: spinn
 
 import argparse
 
+import torch
 from sitegen.timings import CACHE, load, measure, save
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time mixers in interleaved pairs with softmax attention.")
     parser.add_argument("names", nargs="*", help="mixers; all without any")
-    parser.add_argument("--seconds", type=float, default=0.35, help="about how long one length takes in one direction")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; with one, what else the machine does matters least")
+    parser.add_argument("--seconds", type=float, default=0.8, help="about how long one length takes in one direction")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     data = measure(options.names or None, seconds=options.seconds, say=lambda line: print(line, flush=True))
     if options.names:
         data["mixers"] = load()["mixers"] | data["mixers"]

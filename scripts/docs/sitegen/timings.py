@@ -25,7 +25,7 @@ def measure(
     names: Sequence[str] | None = None,
     *,
     lengths: Sequence[int] = LENGTHS,
-    seconds: float = 0.35,
+    seconds: float = 0.8,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Time mixers in interleaved pairs with softmax attention of the same form; one that fails the gate gets no time.
