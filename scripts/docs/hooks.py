@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from sitegen import facts, macros, mathml, pages
 
+from attnlab.core.catalog import mixers
+
+_log = logging.getLogger("mkdocs.hooks.attnlab")  # under mkdocs, so that --strict counts its warnings
 _equations: dict[str, dict[str, str]] = {}
 
 
@@ -21,8 +25,10 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {family.replace("_", " ").capitalize(): [{name: f"mechanisms/{name}.md"} for name in names]}
         for family, names in facts.families().items()
     ]
+    for module, error in mixers.broken.items():
+        _log.warning("%s could not be imported, so what it registers has no page: %s", module, error)
     reference = [{"Ops": "reference/ops.md"}]
-    reference += [{pages.KIND_TITLES.get(kind, kind.capitalize()): pages.part_path(kind)} for kind in facts.parts()]
+    reference += [{pages.part_title(kind): pages.part_path(kind)} for kind in facts.parts()]
     for section in config.nav or []:
         section |= {"Mechanisms": ["mechanisms/index.md", *families]} if "Mechanisms" in section else {}
         section |= {"Reference": reference} if "Reference" in section else {}

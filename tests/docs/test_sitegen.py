@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 import xml.etree.ElementTree as ET
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts" / "docs"))
 
 import readme  # noqa: E402
-from sitegen import mathml, plot, png, prose, timings  # noqa: E402
+from sitegen import facts, mathml, pages, plot, png, prose, timings  # noqa: E402
 from sitegen.pictures import TOKENS, pictures  # noqa: E402
 
 import attnlab  # noqa: E402
@@ -114,6 +115,14 @@ def test_the_examples_of_a_page_run(page, examples):
     for block in blocks:
         exec(compile(block, page, "exec"), names)
     assert blocks and "mixer" in names
+
+
+def test_a_new_mechanism_gets_its_page_by_being_registered(examples):
+    importlib.import_module("running_mean")
+    page = pages.mixer_page("running_mean")
+    assert "# `running_mean`" in page and r"$y_i = W_o \frac{1}{i + 1} \sum_{j \le i} W_v x_j$" in page
+    assert "time_mixers.py running_mean" in page and "`dtype`" in page
+    assert "running_mean" in facts.families()["recurrent"] and "running_mean" in pages.gallery_page()
 
 
 def test_the_mechanism_that_the_guide_writes_keeps_the_laws(examples):

@@ -17,7 +17,6 @@ from attnlab.core.registry import Registry, all_registries
 from attnlab.papers.coverage import CoverageRow, coverage
 from attnlab.papers.evidence import TIERS, load
 
-PART_KINDS = ("position", "channel_mixer", "model", "task")
 _FLAGS = ("cross", "mask", "pair_mask", "mixing_matrix", "permutation_equivariant")
 
 
@@ -68,13 +67,15 @@ def promise_rows(info: MixerInfo) -> list[tuple[str, str, str]]:
     return [(f.name, value_text(f.name, getattr(info.supports, f.name)), meaning.get(f.name, "")) for f in fields(Supports)]
 
 
-def value_text(name: str, value: object) -> str:
+def value_text(name: str, value: Any) -> str:
     """A promise's value in words."""
-    if name == "cost" and isinstance(value, int | float):
-        return cost_text(float(value))
+    if name == "cost":
+        return cost_text(value)
     if isinstance(value, frozenset):
         return ", ".join(str(item) for item in sorted(value))
-    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
 
 
 def laws() -> list[tuple[int, str, Sequence[Any]]]:

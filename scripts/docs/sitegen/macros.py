@@ -36,7 +36,6 @@ def fill(markdown: str, page: str) -> str:
         "report_picture": report_picture,
         "law_tables": law_tables,
         "supports_table": supports_table,
-        "mixer_table": lambda: mixer_table(posixpath.relpath("mechanisms", here or ".")),
     }
     return env.from_string(markdown).render()
 
@@ -85,14 +84,3 @@ def supports_table() -> str:
     """The promises and their meaning."""
     rows = parse(Supports.__doc__).arguments.items()
     return "\n".join(["| promise | meaning |", "|---|---|", *(f"| `{name}` | {prose.cell(text)} |" for name, text in rows)])
-
-
-def mixer_table(folder: str | None = None) -> str:
-    """All mixers; with ``folder`` their names are links to their pages there."""
-    lines = ["| mechanism | family | causal | streaming | grid | cost | paper |", "|---|---|---|---|---|---|---|"]
-    for row in facts.mixer_rows():
-        name = f"`{row['name']}`" if folder is None else f"[`{row['name']}`]({folder}/{row['name']}.md)"
-        rest = (row[key] for key in ("causal", "streaming", "grid", "cost"))
-        family = row["family"].replace("_", " ")
-        lines.append(f"| {name} | {family} | {' | '.join(rest)} | {prose.cell(row['paper'])} |")
-    return "\n".join(lines)

@@ -22,7 +22,6 @@ from sitegen.pictures import TOKENS, Picture, pictures
 from sitegen.plot import duration, log_log
 
 TEMPLATES = Path(__file__).parent / "templates"
-KIND_TITLES = {"position": "Positions", "channel_mixer": "Channel mixers", "model": "Models", "task": "Tasks"}
 
 
 @cache
@@ -67,15 +66,21 @@ def generated() -> dict[str, str | bytes]:
     files["papers.md"] = render("papers.md.j2", rows=sorted(facts.rows(), key=lambda row: (not row.implemented, row.paper.slug)))
     files["reference/ops.md"] = render("ops.md.j2", modules=op_modules())
     for kind, registry in facts.parts().items():
-        title = KIND_TITLES.get(kind, kind.replace("_", " ").capitalize() + "s")
         entries = [entry_part(entry) for entry in registry.entries()]
-        files[part_path(kind)] = render("part.md.j2", kind=kind, title=title, package=registry.package, entries=entries)
+        files[part_path(kind)] = render(
+            "part.md.j2", kind=kind, title=part_title(kind), package=registry.package, entries=entries
+        )
     return files
 
 
 def part_path(kind: str) -> str:
     """The page of a registry."""
     return f"reference/{kind}s.md"
+
+
+def part_title(kind: str) -> str:
+    """What that page is called."""
+    return kind.replace("_", " ").capitalize() + "s"
 
 
 def gallery_page() -> str:
