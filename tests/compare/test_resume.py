@@ -75,6 +75,16 @@ def test_killed_and_run_again(tmp_path, workers):
     assert "stdlib_text" in (tmp_path / REPORT).read_text(encoding="utf-8")
 
 
+def test_workers_that_cannot_start_end_the_run(tmp_path):
+    script = tmp_path / "unguarded.py"
+    script.write_text(PROGRAM.replace('if __name__ == "__main__":', "if True:"))
+    environment = {**os.environ, "GOMP_SPINCOUNT": "20000"}
+    command = [sys.executable, str(script), str(tmp_path), "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "died in a row without finishing a cell" in done.stderr and "if __name__ == '__main__'" in done.stderr
+
+
 def test_two_runs_share_a_ledger(tmp_path):
     processes = [start(tmp_path, 0) for _ in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]

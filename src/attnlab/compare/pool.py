@@ -19,6 +19,8 @@ from attnlab.compare.work import Interrupted
 
 GRACE_SECONDS = 10.0
 """Time that workers get to give their cells back when the run is stopped."""
+MAX_DEATHS = 2
+"""Deaths a worker, none of which brought a cell to its end, after which the pool gives up."""
 
 
 def work_in_pool(ledger: Ledger, run: int, plan: Plan, kinds: Sequence[str], watcher: Watcher, workers: int) -> None:
@@ -26,6 +28,7 @@ def work_in_pool(ledger: Ledger, run: int, plan: Plan, kinds: Sequence[str], wat
 
     Raises:
         KeyboardInterrupt: the cells in work have been given back.
+        RuntimeError: workers die and nothing gets done.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # idle OpenMP threads that spin take the cores from the other workers
     context = multiprocessing.get_context("spawn")
@@ -37,12 +40,20 @@ def work_in_pool(ledger: Ledger, run: int, plan: Plan, kinds: Sequence[str], wat
         return process
 
     pool = [start() for _ in range(workers)]
+    deaths, done = 0, -1
     try:
         while True:
             rows = grow(ledger, run, plan)
             watcher.update(rows)
             if settled(rows, kinds):
                 return
+            before, done = done, sum(row.status in ("finished", "failed") for row in rows)
+            deaths = 0 if done > before else deaths + sum(not process.is_alive() for process in pool)
+            if deaths > MAX_DEATHS * workers:
+                raise RuntimeError(
+                    f"{deaths} worker processes died in a row without finishing a cell. "
+                    "Try workers=0; a script that calls compare must do so below `if __name__ == '__main__':`"
+                )
             pool = [process if process.is_alive() else start() for process in pool]
             time.sleep(2 * POLL_SECONDS)  # reading the ledger costs the workers time
     finally:

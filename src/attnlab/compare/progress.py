@@ -76,11 +76,9 @@ class Display:
                 self._console.print(f"{len(keys)} of {total} cells were finished before")
             return
         new = [row for row in settled if (row.key, row.member.role) not in self._seen]
-        for row in new:
+        for number, row in enumerate(new, len(keys) - len(new) + 1):
             took = "failed" if row.seconds is None else f"{row.seconds:.1f} s"
-            self._console.print(
-                f"[{len(keys)}/{total}] {row.member.cell.label}: {took}, about {duration(left)} left", markup=False
-            )
+            self._console.print(f"[{number}/{total}] {row.member.cell.label}: {took}, about {duration(left)} left", markup=False)
 
 
 def time_left(rows: Sequence[Row], expected: Mapping[Role, int], workers: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shlex
 import sys
@@ -67,6 +68,9 @@ def compare(
 ) -> Results:
     """Train, time and report; what an earlier call has finished in the same folder is not done again.
 
+    Workers and memory measurements are processes that import the calling script, so a script calls this below
+    ``if __name__ == "__main__":``, as `multiprocessing` wants it.
+
     Args:
         suite: a suite, the name of one, or the path of a TOML file.
         out: folder of ledger, report and tables; by default ``runs/<suite's name>``.
@@ -85,8 +89,11 @@ def compare(
     Raises:
         UnknownNameError: for a suite, mixer, task or option that does not exist; the nearest are named.
         ValueError: for a number out of range.
+        RuntimeError: called while a worker imports the calling script.
         KeyboardInterrupt: stopped; cells in work have been given back, and the same call goes on from there.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError("compare was called while a worker imports the script: call it below `if __name__ == '__main__':`")
     chosen = suite if isinstance(suite, Suite) else load_suite(suite)
     chosen = select(
         chosen, mixers=mixers, tasks=tasks, seeds=seeds, learning_rates=learning_rates, timing=timing, workers=workers
