@@ -167,11 +167,15 @@ def _input_layer(
     device: torch.device | None,
     dtype: torch.dtype | None,
 ) -> nn.Module:
+    """The embedding; patches of unit variance give tokens of unit variance, as ids do, to match the positions."""
     needed, other = ("vocab_size", "patch_dim") if input == "tokens" else ("patch_dim", "vocab_size")
     sizes = {"vocab_size": vocab_size, "patch_dim": patch_dim}
     size = sizes[needed]
     if size is None or sizes[other] is not None:
         raise ValueError(f"input={input!r}: expected {needed} and no {other}, got {needed}={size} and {other}={sizes[other]}")
     if input == "patches":
-        return nn.Linear(size, dim, device=device, dtype=dtype)
+        layer = nn.Linear(size, dim, device=device, dtype=dtype)
+        nn.init.normal_(layer.weight, std=size**-0.5)
+        nn.init.zeros_(layer.bias)
+        return layer
     return nn.Embedding(size, dim, device=device, dtype=dtype)

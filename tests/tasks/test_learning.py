@@ -1,0 +1,58 @@
+"""At its default budget a task tells mechanisms from guessing, and every mixer fits its reference model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import attnlab
+from attnlab.core.errors import UnsupportedError
+from attnlab.models import count_parameters
+from attnlab.tasks import create_task, list_tasks, reference_model
+from attnlab.training import train
+
+TRIVIAL = {"recall": ("any_value", "value_in_context"), "stdlib_text": ("uniform", "unigram", "bigram"), "digits": ("majority",)}
+# how far from the best trivial baseline towards a perfect score, at least
+PART_OF_THE_WAY = {"recall": 0.3, "stdlib_text": 0.05, "digits": 0.5}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["softmax", "delta_net", "mamba"])
+@pytest.mark.parametrize("name", list_tasks())
+def test_the_default_budget_suffices_to_beat_guessing(name, mixer):
+    task = create_task(name)
+    budget = task.default_budget
+    model = reference_model(task, mixer).model
+    result = train(
+        model,
+        task,
+        steps=budget.steps,
+        batch_size=budget.batch_size,
+        learning_rate=budget.learning_rates[0],
+        weight_decay=budget.weight_decay,
+        warmup=budget.warmup,
+        eval_split="test",
+    )
+    baselines = task.baselines("test")
+    trivial = [baselines[key] for key in TRIVIAL[name]]
+    best, perfect = (max(trivial), 1.0) if task.higher_is_better else (min(trivial), 0.0)
+    reached = (result.metrics[task.metric] - best) / (perfect - best)
+    assert result.status == "finished"
+    assert reached > PART_OF_THE_WAY[name], (result.metrics, baselines)
+
+
+@pytest.mark.parametrize("mixer", attnlab.list_mixers())
+@pytest.mark.parametrize("name", list_tasks())
+def test_every_mixer_fits_the_reference_model_or_is_refused(name, mixer):
+    task = create_task(name)
+    if task.model == "causal_lm" and attnlab.mixer_info(mixer).supports.causal == "no":
+        with pytest.raises(UnsupportedError, match=f"'{mixer}' does not support a causal language model"):
+            reference_model(task, mixer)
+        return
+    match = reference_model(task, mixer)
+    batch = next(task.eval_batches(2))
+    with torch.no_grad():
+        logits = match.model(batch.inputs, mask=batch.mask)
+    assert torch.isfinite(logits).all()
+    assert match.parameters == count_parameters(match.model)
+    assert abs(match.relative_error) <= 0.02
