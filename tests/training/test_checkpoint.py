@@ -43,7 +43,7 @@ def test_a_resumed_run_ends_bit_equal(task, tmp_path, own_generator):
     path = tmp_path / "runs" / "cell.safetensors"
     with pytest.raises(Killed):
         train(make(task, own_generator=own_generator), task, checkpoint=path, checkpoint_every=7, callback=kill, **RECIPE)
-    torch.rand(5)
+    torch.rand(5)  # what others draw in between makes no difference
     resumed = make(task, seed=9, own_generator=own_generator)
     result = train(resumed, task, checkpoint=path, **RECIPE)
 
@@ -76,6 +76,8 @@ def test_a_checkpoint_of_another_run_is_refused(task, tmp_path):
     train(make(task), task, checkpoint=path, **RECIPE)
     with pytest.raises(ValueError, match=r"belongs to another run \(learning_rate: expected 0.02, got 0.01\)"):
         train(make(task), task, checkpoint=path, **{**RECIPE, "learning_rate": 0.02})
+    with pytest.raises(ValueError, match=r"belongs to another run \(model: "):
+        train(reference_model(task, "linear", dim=8, depth=2).model, task, checkpoint=path, **RECIPE)
     other = create_task("recall", seq_len=16, num_pairs=2, vocab_size=16, eval_examples=20, seed=5)
     with pytest.raises(ValueError, match=r"belongs to another run \(data: "):
         train(make(task), other, checkpoint=path, **RECIPE)

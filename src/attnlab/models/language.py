@@ -18,6 +18,7 @@ from attnlab.models.block import Block
 from attnlab.models.embedding import PositionEmbedding, token_positions
 from attnlab.models.norms import create_norm
 from attnlab.models.registry import models
+from attnlab.models.sampling import generate
 from attnlab.models.stack import BlockOptions, MixerNames, MixerOptions, build_blocks, layer_schedule, require_causal
 
 
@@ -196,6 +197,4 @@ class CausalLM(nn.Module):
         Raises:
             ValueError: for an empty prompt or a negative number or temperature.
         """
-        from attnlab.models.sampling import generate
-
         return generate(self, prompt, num_tokens, temperature=temperature, generator=generator)

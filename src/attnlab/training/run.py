@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
@@ -95,15 +96,17 @@ class Run:
         Returns:
             Whether the model's parameters are worth evaluating: False if it diverged.
         """
-        was_training = self.model.training
-        with self._generators() as generators:
-            if self.checkpoint is not None and Path(self.checkpoint).exists():
-                self._load(generators)
-            self.model.train()
-            self._loop(generators)
-            if self.checkpoint is not None:
+        training = {module: module.training for module in self.model.modules()}
+        try:
+            with self._generators() as generators:
+                if self.checkpoint is not None and Path(self.checkpoint).exists():
+                    self._load(generators)
+                self.model.train()
+                self._loop(generators)
                 self._save(generators)
-        self.model.train(was_training)
+        finally:
+            for module, mode in training.items():
+                module.training = mode
         return self.status != "diverged"
 
     def result(self, metrics: dict[str, float]) -> TrainResult:
@@ -128,7 +131,7 @@ class Run:
             if done.step % self.log_every == 0 or done.step == self.recipe.steps:
                 self._log(norm, rate)
             every = self.checkpoint_every
-            if self.checkpoint is not None and every is not None and done.step % every == 0 and done.step < self.recipe.steps:
+            if every is not None and done.step % every == 0 and done.step < self.recipe.steps:
                 self._save(generators)
 
     def _step(self, batch: Batch) -> tuple[float, float, float]:
@@ -189,7 +192,8 @@ class Run:
         """What a checkpoint must agree with; as JSON gives it back."""
         recipe = asdict(self.recipe)
         recipe["autocast"] = None if self.recipe.autocast is None else str(self.recipe.autocast)
-        return {"task": self.task.info.name, "data": self.task.fingerprint(), **recipe}
+        model = hashlib.sha256(repr(self.model).encode()).hexdigest()[:16]
+        return {"task": self.task.info.name, "data": self.task.fingerprint(), "model": model, **recipe}
 
     def _save(self, generators: dict[str, torch.Generator]) -> None:
         if self.checkpoint is None:
