@@ -55,7 +55,7 @@ def main() -> None:
         step("format", "ruff", "format", "--check")
         step("types", "mypy")
     if (ROOT / "tests" / "compiled").is_dir():
-        step("compiled tests", "pytest", "tests/compiled", ATTNLAB_TYPECHECK="0")
+        step("compiled tests", "pytest", "tests/compiled", "-n", "2", "--dist", "worksteal", ATTNLAB_TYPECHECK="0")
     step("tests", "pytest", "tests", "--ignore=tests/compiled", "-n", "2", "--dist", "loadfile", *further, last=True)
 
 
