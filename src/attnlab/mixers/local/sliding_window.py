@@ -39,6 +39,7 @@ class SlidingWindowAttention(CachedAttention):
         ValueError: for a window below 1, a negative number of sinks, or a position that is a bias.
 
     Differs from the papers: sinks keep the positions they had in the text; they are not re-numbered inside the cache.
+    Sinks are the first s places, real or not: with sinks, pad on the right.
     """
 
     def __init__(
