@@ -17,12 +17,13 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="mixers; all without any")
     parser.add_argument("--threads", type=int, default=1, help="of torch; with one, what else the machine does matters least")
     parser.add_argument("--seconds", type=float, default=0.8, help="about how long one length takes in one direction")
+    parser.add_argument("--note", default="", help="what a reader of the times should know; the pages print it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     data = measure(options.names or None, seconds=options.seconds, say=lambda line: print(line, flush=True))
     if options.names:
         data["mixers"] = load()["mixers"] | data["mixers"]
-    save(data)
+    save(data | {"note": options.note})
     print(f"wrote {CACHE}")
 
 

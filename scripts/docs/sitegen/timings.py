@@ -59,7 +59,7 @@ def measure(
 def load(path: Path = CACHE) -> dict[str, Any]:
     """The recorded times; without a file, none of any mixer."""
     if not path.exists():
-        return {"lengths": list(LENGTHS), "mixers": {}}
+        return {"lengths": list(LENGTHS), "mixers": {}, "note": ""}
     return json.loads(path.read_text(encoding="utf-8"))
 
 
