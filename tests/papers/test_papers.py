@@ -87,7 +87,7 @@ def test_coverage_reads_registries_and_evidence():
     assert row.things == ("mixer:agent", "mixer:agent_plus", "model:agent_tiny")
     assert row.tiers == {"mixer:agent": ("T1",), "mixer:agent_plus": (), "model:agent_tiny": ("T4",)}
     assert row.missing["mixer:agent"] == ("T2", "T3", "T5")
-    assert row.missing["model:agent_tiny"] == ("T1", "T2", "T3", "T5")
+    assert row.missing["model:agent_tiny"] == ("T2", "T3", "T5")
     assert row.implemented
     assert not row.proven
     assert [row.paper.slug for row in rows if row.implemented] == ["agent-attention"]
@@ -100,7 +100,9 @@ def test_a_paper_is_proven_when_every_applicable_tier_holds():
 
 def test_reconstructions_are_not_asked_for_equivalence_with_the_authors():
     assert "T3" not in applicable_tiers(Paper(0, "a", "A", 2024, reconstruction=True), "mixer")
-    assert applicable_tiers(Paper(0, "a", "A", 2024), "model") == ("T1", "T2", "T3", "T4", "T5")
+    assert applicable_tiers(Paper(0, "a", "A", 2024), "mixer") == ("T1", "T2", "T3", "T5")
+    assert applicable_tiers(Paper(0, "a", "A", 2024), "model") == ("T2", "T3", "T4", "T5")
+    assert applicable_tiers(Paper(0, "a", "A", 2024), "position") == ("T2", "T3")
 
 
 def test_coverage_refuses_a_registration_for_a_paper_that_is_not_there():

@@ -17,6 +17,7 @@ from attnlab.positions.log_cpb import log_offsets
 from attnlab.positions.relative import relative_by_gather, relative_by_skew
 
 
+@pytest.mark.tier("T2", "position:rotary")
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotary_products_depend_on_the_distance_alone(interleaved) -> None:
     rotary = create_position("rotary", 1, 8, {"interleaved": interleaved})
@@ -30,6 +31,7 @@ def test_rotary_products_depend_on_the_distance_alone(interleaved) -> None:
     assert product(5, 5) == pytest.approx(float((q * k).sum()), rel=1e-6)
 
 
+@pytest.mark.tier("T2", "position:rotary")
 def test_rotary_is_the_complex_rotation() -> None:
     rotary = create_position("rotary", 1, 4, {"base": 100.0, "interleaved": True})
     x = torch.randn(1, 1, 3, 4)
@@ -46,6 +48,7 @@ def test_a_fraction_leaves_the_rest() -> None:
     assert not torch.equal(turned[..., :4], x[..., :4])
 
 
+@pytest.mark.tier("T2", "position:alibi")
 def test_alibi_slopes() -> None:
     assert alibi_slopes(4) == [2**-2, 2**-4, 2**-6, 2**-8]
     assert alibi_slopes(6) == [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
@@ -60,6 +63,7 @@ def test_gather_and_skew_agree(n: int, m: int, reach: int) -> None:
     torch.testing.assert_close(relative_by_skew(q, table, m), relative_by_gather(q, table, m), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.tier("T2", "position:relative")
 def test_relative_reads_the_vector_of_the_distance() -> None:
     q, table = torch.randn(1, 1, 4, 3), torch.randn(1, 5, 3)
     logits = relative_by_gather(q, table, 4)
@@ -68,6 +72,7 @@ def test_relative_reads_the_vector_of_the_distance() -> None:
             torch.testing.assert_close(logits[0, 0, i, j], q[0, 0, i] @ table[0, max(-2, min(2, j - i)) + 2])
 
 
+@pytest.mark.tier("T2", "position:log_cpb")
 def test_log_offsets() -> None:
     offsets = log_offsets((2, 3))
     assert offsets.shape == (6, 6, 2)

@@ -17,7 +17,9 @@ PART_OF_THE_WAY = {"recall": 0.3, "stdlib_text": 0.05, "digits": 0.5}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixer", ["softmax", "delta_net", "mamba"])
+@pytest.mark.parametrize(
+    "mixer", [pytest.param(name, marks=pytest.mark.tier("T5", f"mixer:{name}")) for name in ("softmax", "delta_net", "mamba")]
+)
 @pytest.mark.parametrize("name", list_tasks())
 def test_the_default_budget_suffices_to_beat_guessing(name, mixer):
     task = create_task(name)

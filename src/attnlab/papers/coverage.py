@@ -49,8 +49,15 @@ class CoverageRow:
 
 
 def applicable_tiers(paper: Paper, kind: str) -> tuple[str, ...]:
-    """The tiers that a thing of registry ``kind`` can be asked for: T4 of models alone, T3 of no reconstruction."""
-    return tuple(tier for tier in TIERS if not (tier == "T4" and kind != "model") and not (tier == "T3" and paper.reconstruction))
+    """The tiers that a thing of registry ``kind`` can be asked for.
+
+    T1 is asked of mixers alone, T4 of models alone, T5 of what can be trained by itself, T3 of no reconstruction.
+    """
+    left_out = {"T3"} if paper.reconstruction else set()
+    left_out |= set() if kind == "mixer" else {"T1"}
+    left_out |= set() if kind == "model" else {"T4"}
+    left_out |= set() if kind in ("mixer", "model") else {"T5"}
+    return tuple(tier for tier in TIERS if tier not in left_out)
 
 
 def coverage(registries: Mapping[str, EntrySource] | None = None, evidence: Evidence | None = None) -> list[CoverageRow]:
