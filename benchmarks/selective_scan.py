@@ -1,4 +1,4 @@
-"""The selective scan, its log-step form and SDPA in turns: `GOMP_SPINCOUNT=1000 python benchmarks/selective_scan.py`."""
+"""The selective scan, its log-step form and SDPA in turns: `GOMP_SPINCOUNT=20000 python benchmarks/selective_scan.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A causal window of 256 keys in pairs with SDPA, and with sinks: `GOMP_SPINCOUNT=1000 python benchmarks/sliding_window.py`."""
+"""A causal window of 256 keys in pairs with SDPA, and with sinks: `GOMP_SPINCOUNT=20000 python benchmarks/sliding_window.py`."""
 
 from __future__ import annotations
 

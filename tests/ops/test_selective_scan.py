@@ -11,7 +11,7 @@ from attnlab.core.errors import BackendUnavailableError
 from attnlab.ops.selective_scan import eager, log_step, reference, selective_scan
 from ops.oracle import assert_equal_in_float64, assert_within_budget, relative_error, values_and_gradients
 
-SHAPES = [(1, 1, 1, 1), (2, 3, 6, 1), (1, 31, 6, 5), (2, 32, 6, 3), (3, 33, 12, 2), (2, 97, 6, 4)]
+SHAPES = [(1, 1, 1, 1), (2, 3, 6, 1), (1, 127, 6, 5), (2, 128, 6, 3), (3, 129, 12, 2), (2, 307, 6, 4)]
 LAYOUTS = ["constant", "token", "grouped"]
 
 
@@ -72,10 +72,11 @@ def test_groups_are_channels_in_a_row():
         torch.testing.assert_close(y, whole[..., part])
 
 
-def test_a_batch_in_several_blocks(monkeypatch):
-    monkeypatch.setattr(eager, "STEP", 40)
-    for layout in ("constant", "grouped"):
-        assert_equal_in_float64(eager.scan, reference.scan, *core(5, 35, 6, 3, layout))
+@pytest.mark.parametrize("room", [1, 600, 2000])
+@pytest.mark.parametrize("layout", ["constant", "grouped"])
+def test_pieces_and_blocks_of_any_size(monkeypatch, room, layout):
+    monkeypatch.setattr(eager, "ROOM", room)
+    assert_equal_in_float64(eager.scan, reference.scan, *core(5, 35, 6, 3, layout))
 
 
 @pytest.mark.parametrize("left_out", [None, "D", "z", "delta_bias", "initial_state"])
@@ -129,9 +130,9 @@ def test_a_conjugate_pair_of_states_is_one_complex_state():
     assert pair.imag.abs().max() < 1e-14
 
 
-@pytest.mark.parametrize("pieces", [(1, 1, 1, 68), (33, 38), (70, 1), (64, 7)])
+@pytest.mark.parametrize("pieces", [(1, 1, 1, 208), (129, 82), (210, 1), (128, 83)])
 def test_streaming_by_pieces_equals_one_pass(pieces):
-    tensors = draw(2, 71, 6, 3)
+    tensors = draw(2, 211, 6, 3)
     per_token = {name: tensors.pop(name) for name in ("u", "delta", "B", "C", "z")}
     whole, last = selective_scan(**per_token, **tensors, delta_softplus=True)
     state, outputs = tensors.pop("initial_state"), []

@@ -1,6 +1,6 @@
 """The selective scan in pieces that stay in cache, with an explicit backward: no (tokens, channels, states) tensor exists.
 
-A piece is `PIECE` tokens of a few sequences. Its decays and inputs are written into buffers that every piece uses again, with
+A piece is some tokens of a few sequences. Its decays and inputs are written into buffers that every piece uses again, with
 channels last, so that all elementwise work runs along them. Forward keeps the state at the start of each piece; backward
 computes the states of a piece again from there before it runs the adjoint recurrence ``l_t = C_t dy_t + a_{t+1} l_{t+1}``
 through it. Nothing in here is conjugated: backward treats the scan as a holomorphic map and conjugates what comes in and goes
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from attnlab.ops.chunks import full_precision
 
-PIECE = 32
-"""Tokens in a piece: enough to make the calls on a piece few, little enough for its buffers to stay in cache."""
+ROOM = 2**19
+"""Elements of a buffer: few enough to stay in cache."""
 
-STEP = 16384
-"""Elements of the state that one step of the loop handles: as many sequences as fit are taken together."""
+LONGEST, SHORTEST = 128, 16
+"""Bounds of a piece: below, calls and the waits of threads for each other cost too much; beyond, nothing is gained."""
 
 
 def scan(
@@ -139,18 +139,18 @@ class _Block:
     """Some sequences of the batch, and the buffers of a piece of them."""
 
     def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, rows: slice) -> None:
-        self.groups, self.tokens = _group_count(B, C), x.shape[1]
+        self.groups, self.tokens, self.length = _group_count(B, C), x.shape[1], _piece_length(A)
         self.x, self.dt = _rows(x[rows], self.groups), _rows(dt[rows], self.groups)
         self.A = _by_group(A, self.groups)
         self.exp, self.rate = _exponential(self.A)
         self.B, self.C = _Weights(B, self.groups, rows), _Weights(C, self.groups, rows)
-        self.decay = x.new_empty(min(PIECE, self.tokens), self.x.shape[1], *self.A.shape)
+        self.decay = x.new_empty(min(self.length, self.tokens), self.x.shape[1], *self.A.shape)
         self.states = torch.empty_like(self.decay)
         self.decay_steps, self.state_steps = self.decay.unbind(0), self.states.unbind(0)
 
     def pieces(self) -> list[slice]:
         """The tokens of each piece, in order."""
-        return [slice(start, min(start + PIECE, self.tokens)) for start in range(0, self.tokens, PIECE)]
+        return [slice(start, min(start + self.length, self.tokens)) for start in range(0, self.tokens, self.length)]
 
     def run(self, piece: slice, state: Tensor) -> tuple[Tensor, Tensor]:
         """The decays and the states of a piece, in the buffers, from the ``state`` before it."""
@@ -170,9 +170,14 @@ class _Block:
         torch.mul(self.decay_steps[0], later, out=carry)
 
 
+def _piece_length(A: Tensor) -> int:
+    """Tokens of a piece, such that one sequence's fit in a buffer."""
+    return max(SHORTEST, min(LONGEST, ROOM // max(1, A.numel())))
+
+
 def _blocks(x: Tensor, A: Tensor) -> list[slice]:
-    """The batch as slices of sequences whose states together have about `STEP` elements."""
-    size = max(1, STEP // max(1, A.numel()))
+    """The batch as slices of as many sequences as fit in a buffer."""
+    size = max(1, ROOM // max(1, A.numel() * _piece_length(A)))
     return [slice(start, min(start + size, len(x))) for start in range(0, len(x), size)]
 
 
@@ -209,7 +214,7 @@ def _forward_like(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initia
     batch, tokens, channels = x.shape
     groups = _group_count(B, C)
     # One or two more than there are pieces: never 1, so that a symbolic length needs no guard.
-    starts = x.new_empty(tokens // PIECE + 2, batch, groups, A.shape[1], channels // groups)
+    starts = x.new_empty(tokens // _piece_length(A) + 2, batch, groups, A.shape[1], channels // groups)
     return x.new_empty(x.shape), x.new_empty(initial_state.shape), starts
 
 
