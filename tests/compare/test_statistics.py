@@ -56,7 +56,7 @@ def test_sign_flips_equal_scipy():
 def test_one_value_has_no_interval_and_tells_nothing():
     assert ours.mean_interval([0.5]) == ours.Interval(0.5, None, None, 1)
     assert ours.paired_test([0.9], [0.1]).sign == 0
-    assert ours.verdict([0.9], [0.1], higher_is_better=True) == "cannot tell"
+    assert ours.verdict({0: 0.9}, {0: 0.1}, higher_is_better=True) == "cannot tell"
     with pytest.raises(ValueError, match="at least one"):
         ours.mean_interval([])
 
@@ -70,9 +70,15 @@ def test_equal_values_of_a_rounded_metric_are_no_certainty():
     assert ours.mean_interval([1.0, 1.0, 1.0]).high == 1.0
     found = ours.mean_interval([1.0, 1.0, 1.0], resolution=0.01)
     assert found.high == pytest.approx(1.0 + scipy.stats.t.ppf(0.975, 2) * 0.01 / np.sqrt(12) / np.sqrt(3))
-    a, b = [0.99, 0.98], [0.98, 0.97]
+    a, b = {0: 0.99, 1: 0.98}, {0: 0.98, 1: 0.97}
     assert ours.verdict(a, b, higher_is_better=True, resolution=0.01) == "cannot tell"
-    assert ours.verdict([0.9, 0.9], [0.1, 0.1], higher_is_better=True, resolution=0.01) == "better"
+    assert ours.verdict({0: 0.9, 1: 0.9}, {0: 0.1, 1: 0.1}, higher_is_better=True, resolution=0.01) == "better"
+
+
+def test_only_seeds_that_both_have_are_paired():
+    a, b = {0: 0.5, 2: 0.7}, {0: 0.4, 1: 0.9, 2: 0.6}
+    assert ours.verdict(a, b, higher_is_better=True) == "better"
+    assert ours.verdict({1: 0.5}, {0: 0.4}, higher_is_better=True) == "cannot tell"
 
 
 def test_many_signs_are_flipped_at_random():
@@ -83,7 +89,7 @@ def test_many_signs_are_flipped_at_random():
 
 
 def test_ranks_say_when_they_cannot_tell():
-    values = {"good": [0.90, 0.91], "also": [0.70, 0.99], "bad": [0.10, 0.11]}
+    values = {"good": {0: 0.90, 1: 0.91}, "also": {0: 0.70, 1: 0.99}, "bad": {0: 0.10, 1: 0.11}}
     ranks = ours.rank(values, higher_is_better=True)
     assert (ranks["good"].best, ranks["good"].worst) == (1, 2)
     assert ranks["also"].text == "1–3", "two seeds whose differences scatter cannot tell it from the worst"

@@ -29,6 +29,7 @@ def bench(
     num_heads: Annotated[int, typer.Option(help="Its heads.")] = 8,
     batch_size: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     seconds: Annotated[float, typer.Option(help="Time spent a mixer, length and direction, about.")] = 0.5,
+    threads: Annotated[int, typer.Option(help="Torch's threads; one is steady on a machine that does other work too.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time mixer layers against softmax attention of the same size, in interleaved pairs, forward and in training.
@@ -44,7 +45,7 @@ def bench(
     from attnlab.core.catalog import list_mixers
 
     chosen = tuple(int(length) for length in numbers("--lengths", lengths))
-    timing = Timing(chosen, chosen[-1:], dim, num_heads, batch_size, seconds)
+    timing = Timing(chosen, chosen[-1:], dim, num_heads, batch_size, seconds, threads=threads)
     picked = mixers or [name for name in list_mixers() if causal is None or _has_form(name, causal)]
     with Console(stderr=True, highlight=False).status("measuring") as status:
         found = measure(
@@ -99,4 +100,5 @@ def _print_tables(found: Sequence[LayerCosts], lengths: Sequence[int]) -> None:
         screen.print(table)
         screen.print()
     threads = found[0].threads if found else 0
-    screen.print(f"Time and ratio to softmax attention (SDPA) of the same size and causality; float32, {threads} threads.")
+    plural = "" if threads == 1 else "s"
+    screen.print(f"Time and ratio to softmax attention (SDPA) of the same size and causality; float32, {threads} thread{plural}.")

@@ -15,9 +15,9 @@ from attnlab.compare.summary import Summary
 
 TRAINING_COLUMNS = (
     "role", "task", "mixer", "learning_rate", "seed", "backend", "status", "split", "metric", "value", "loss", "steps",
-    "seconds", "tokens_per_second", "parameters", "width", "threads", "key",
+    "seconds", "cpu_seconds", "tokens", "parameters", "width", "threads", "key",
 )  # fmt: skip
-COPIED = ("steps", "seconds", "tokens_per_second", "parameters", "width", "threads")
+COPIED = ("steps", "seconds", "cpu_seconds", "tokens", "parameters", "width", "threads")
 TIMING_COLUMNS = (
     "mixer", "causal", "direction", "length", "seconds", "low", "high", "softmax_seconds", "ratio", "ratio_low", "ratio_high",
     "pairs", "peak_bytes", "forward_flops", "gate_passed", "threads",
@@ -46,9 +46,7 @@ def training_records(summary: Summary, rows: Sequence[Row]) -> list[dict[str, An
                 "metric": metric,
                 "value": metrics.get(metric),
                 "loss": metrics.get("loss"),
-                **{
-                    name: result.get(name) for name in ("steps", "seconds", "tokens_per_second", "parameters", "width", "threads")
-                },
+                **{name: result.get(name) for name in COPIED},
                 "key": row.key,
             }
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,17 @@ from attnlab.core.errors import UnsupportedError
 DIRECTIONS: tuple[Direction, ...] = ("forward", "training")
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch runs on ``count`` threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def measure(layer: Layer, timing: Timing, check: Callable[[], None]) -> dict[str, Any]:
     """The result of a timing cell; a layer that does not pass its gate has no times.
 
@@ -29,15 +41,16 @@ def measure(layer: Layer, timing: Timing, check: Callable[[], None]) -> dict[str
         check: called before each measurement; raises to stop.
     """
     agreed = gate(layer)
-    result: dict[str, Any] = {"gate": agreed.record(), "causal": layer.causal, "threads": torch.get_num_threads()}
+    result: dict[str, Any] = {"gate": agreed.record(), "causal": layer.causal, "threads": timing.threads}
     if not agreed.passed:
         return result
     for direction in DIRECTIONS:
         times = {}
-        for length in timing.lengths:
-            check()
-            found = time_layer(layer, length, direction, seconds=timing.seconds, pairs=timing.pairs)
-            times[str(length)] = found.record()
+        with threads(timing.threads):
+            for length in timing.lengths:
+                check()
+                found = time_layer(layer, length, direction, seconds=timing.seconds, pairs=timing.pairs)
+                times[str(length)] = found.record()
         result[direction] = times
         result[f"{direction}_memory"] = {str(length): peak_bytes(layer, length, direction) for length in timing.memory_lengths}
     result["flops"] = {str(length): layer_flops(layer, length) for length in timing.lengths}

@@ -112,7 +112,7 @@ class Plan:
 
     def __init__(self, suite: Suite, machine: Mapping[str, Any]) -> None:
         self.suite = suite
-        self.machine = {key: machine[key] for key in ("cpu", "cores", "threads")}
+        self.machine = {key: machine[key] for key in ("cpu", "cores")}
         self.tasks = {choice.label: plan_task(suite, choice) for choice in suite.tasks}
         self.exclusions: list[Exclusion] = []
         self.pairs: list[tuple[PlannedTask, MixerChoice]] = []

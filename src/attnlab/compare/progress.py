@@ -78,7 +78,8 @@ class Display:
         new = [row for row in settled if (row.key, row.member.role) not in self._seen]
         for number, row in enumerate(new, len(keys) - len(new) + 1):
             took = "failed" if row.seconds is None else f"{row.seconds:.1f} s"
-            self._console.print(f"[{number}/{total}] {row.member.cell.label}: {took}, about {duration(left)} left", markup=False)
+            line = f"[{number}/{total}] {row.member.cell.label}: {took}, about {duration(left)} left"
+            self._console.print(line, markup=False, soft_wrap=True)
 
 
 def time_left(rows: Sequence[Row], expected: Mapping[Role, int], workers: int) -> float:

@@ -92,27 +92,34 @@ def compare(
         RuntimeError: called while a worker imports the calling script.
         KeyboardInterrupt: stopped; cells in work have been given back, and the same call goes on from there.
     """
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise RuntimeError("compare was called while a worker imports the script: call it below `if __name__ == '__main__':`")
-    chosen = suite if isinstance(suite, Suite) else load_suite(suite)
+    _refuse_in_a_worker()
     chosen = select(
-        chosen, mixers=mixers, tasks=tasks, seeds=seeds, learning_rates=learning_rates, timing=timing, workers=workers
+        suite if isinstance(suite, Suite) else load_suite(suite),
+        mixers=mixers,
+        tasks=tasks,
+        seeds=seeds,
+        learning_rates=learning_rates,
+        timing=timing,
+        workers=workers,
     )
     folder = Path(out) if out is not None else Path("runs") / chosen.name
-    if fresh:
-        set_aside(folder / LEDGER)
     machine = machine_facts()
     plan = Plan(chosen, machine)
-    own_command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    if fresh:
+        set_aside(folder / LEDGER)
     processes = min(chosen.workers, available_cores())
-    facts = {**describe(plan), "machine": machine, "command": command or own_command, "workers": processes}
+    made_by = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     with Ledger(folder / LEDGER) as ledger:
-        run = ledger.open_run(facts)
-        grown = ledger.add(run, plan.ready([]))
-        if grown:
-            ledger.retry_failed(run)
+        run = ledger.open_run({**describe(plan), "machine": machine, "command": made_by, "workers": processes})
+        ledger.add(run, plan.ready([]))
+        ledger.retry_failed(run)
         _execute(ledger, run, plan, processes, console)
     return make_report(folder / LEDGER, folder, citations=citations)
+
+
+def _refuse_in_a_worker() -> None:
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError("compare was called while a worker imports the script: call it below `if __name__ == '__main__':`")
 
 
 def _execute(ledger: Ledger, run: int, plan: Plan, workers: int, console: Console | None) -> None:

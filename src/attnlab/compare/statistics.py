@@ -163,16 +163,16 @@ class Rank:
         return str(self.best) if self.best == self.worst else f"{self.best}–{self.worst}"
 
 
-def rank(values: Mapping[str, Sequence[float]], *, higher_is_better: bool, resolution: float = 0.0) -> dict[str, Rank]:
-    """Ranks by paired tests over seeds; those with fewer seeds are paired over the seeds that both have.
+def rank(values: Mapping[str, Mapping[int, float]], *, higher_is_better: bool, resolution: float = 0.0) -> dict[str, Rank]:
+    """Ranks by paired tests over seeds.
 
     Args:
-        values: a value a seed, in the same order of seeds, for each name.
+        values: for each name the value of each seed.
         higher_is_better: direction of the metric.
         resolution: its step, as `mean_interval` takes it.
     """
     sign = 1 if higher_is_better else -1
-    order = sorted(values, key=lambda name: -sign * float(np.mean(values[name])))
+    order = sorted(values, key=lambda name: -sign * float(np.mean(list(values[name].values()))))
     ranks = {}
     for name in order:
         others = [values[other] for other in order if other != name]
@@ -182,10 +182,13 @@ def rank(values: Mapping[str, Sequence[float]], *, higher_is_better: bool, resol
     return ranks
 
 
-def verdict(a: Sequence[float], b: Sequence[float], *, higher_is_better: bool, resolution: float = 0.0) -> Verdict:
-    """Whether a is better or worse than b, by the paired test over the values that both have."""
-    count = min(len(a), len(b))
-    sign = paired_test(a[:count], b[:count], resolution).sign * (1 if higher_is_better else -1)
+def verdict(a: Mapping[int, float], b: Mapping[int, float], *, higher_is_better: bool, resolution: float = 0.0) -> Verdict:
+    """Whether a is better or worse than b, by the paired test over the seeds that both have."""
+    seeds = sorted(set(a) & set(b))
+    if not seeds:
+        return "cannot tell"
+    found = paired_test([a[seed] for seed in seeds], [b[seed] for seed in seeds], resolution)
+    sign = found.sign * (1 if higher_is_better else -1)
     return "better" if sign > 0 else "worse" if sign < 0 else "cannot tell"
 
 

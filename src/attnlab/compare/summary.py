@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -26,19 +26,20 @@ class Score:
         task: label of the task.
         mixer: label of the mixer.
         state: "scored", or why there is no score.
-        reason: the same in words.
+        reason: the same in words; of a score, what is missing from it.
         rate: the learning rate that the sweep chose.
         sweep: each rate with the validation metric at the sweep's seed; None where the run diverged or failed.
-        valid: validation metric by seed at the chosen rate.
-        test: test metric by seed.
+        seeds: those of the runs at the chosen rate that came to an end.
+        valid: their validation metric.
+        test: their test metric.
         interval: mean and interval of ``test``.
         rank: among the mixers of the task.
         versus: against softmax attention, by the paired test over seeds.
         beats_baselines: whether every seed is better than every trivial baseline on the test split.
         parameters: of the model.
         width: of the model.
-        seconds: mean time of a training run.
-        tokens_per_second: mean rate of training.
+        seconds: mean processor time of a training run, which other work on the machine does not lengthen.
+        tokens_per_second: tokens trained on per second of it.
         curves: for each seed rows (step, training loss or None, seconds).
     """
 
@@ -48,6 +49,7 @@ class Score:
     reason: str = ""
     rate: float | None = None
     sweep: tuple[tuple[float, float | None], ...] = ()
+    seeds: tuple[int, ...] = ()
     valid: tuple[float, ...] = ()
     test: tuple[float, ...] = ()
     interval: Interval | None = None
@@ -59,6 +61,11 @@ class Score:
     seconds: float | None = None
     tokens_per_second: float | None = None
     curves: tuple[Any, ...] = ()
+
+    @property
+    def by_seed(self) -> dict[int, float]:
+        """The test metric of each seed."""
+        return dict(zip(self.seeds, self.test, strict=True))
 
 
 @dataclass(frozen=True)
@@ -167,29 +174,30 @@ def _score(task: PlannedTask, mixer: str, rows: Sequence[Row]) -> Score:
     trained = [row for row in rows if row.member.role in ("sweep", "seed") and row.member.cell.spec["learning_rate"] == best]
     trained.sort(key=lambda row: row.member.cell.spec["seed"])
     tests = {row.member.cell.spec["trained"]: row for row in rows if row.member.role == "test"}
-    kept = [
-        row for row in trained if row.result is not None and row.key in tests and _metric(tests[row.key], task.metric) is not None
-    ]
+    kept = [row for row in trained if row.key in tests and _metric(tests[row.key], task.metric) is not None]
     test = tuple(float(_metric(tests[row.key], task.metric) or 0.0) for row in kept)
     pending = any(row.status not in ("finished", "failed") for row in [*trained, *tests.values()])
     state: State = "unfinished" if pending or not test else "scored"
+    lost = len(trained) - len(kept)
+    reason = "not all of its runs are done" if state == "unfinished" else f"{lost} seed{'s' * (lost > 1)} lost" if lost else ""
     results = [row.result for row in kept if row.result is not None]
     strongest = best_of(task, list(task.baselines["test"].values()))
     return Score(
         task.label,
         mixer,
         state,
-        "" if state == "scored" else "not all of its runs are done",
+        reason,
         best,
         swept,
-        tuple(float(value) for row in kept if (value := _metric(row, task.metric)) is not None),
+        tuple(row.member.cell.spec["seed"] for row in kept),
+        tuple(float(_metric(row, task.metric) or 0.0) for row in kept),
         test,
         mean_interval(test, task.resolution) if test else None,
         beats_baselines=all(task.better(value, strongest) for value in test) if test else None,
         parameters=results[0]["parameters"] if results else None,
         width=results[0]["width"] if results else None,
-        seconds=float(np.mean([result["seconds"] for result in results])) if results else None,
-        tokens_per_second=float(np.mean([result["tokens_per_second"] for result in results])) if results else None,
+        seconds=float(np.mean([result["cpu_seconds"] for result in results])) if results else None,
+        tokens_per_second=float(np.mean([r["tokens"] / max(r["cpu_seconds"], 1e-9) for r in results])) if results else None,
         curves=tuple(result["curve"] for result in results),
     )
 
@@ -206,15 +214,15 @@ def best_of(task: PlannedTask, values: Sequence[float]) -> float:
 
 
 def _ranked(task: PlannedTask, scores: Mapping[str, Score], reference: str | None) -> list[Score]:
-    values = {name: score.test for name, score in scores.items() if score.test}
-    ranks = rank(values, higher_is_better=task.higher_is_better, resolution=task.resolution) if values else {}
+    values = {name: score.by_seed for name, score in scores.items() if score.test}
+    better, step = task.higher_is_better, task.resolution
+    ranks = rank(values, higher_is_better=better, resolution=step)
     out = []
     for name, score in scores.items():
-        versus = None
-        if reference in values and name in values and name != reference:
-            a, b = values[name], values[str(reference)]
-            versus = verdict(a, b, higher_is_better=task.higher_is_better, resolution=task.resolution)
-        out.append(Score(**{**vars(score), "rank": ranks.get(name), "versus": versus}))
+        told = reference in values and name in values and name != reference
+        pair = (values[name], values[str(reference)]) if told else None
+        versus = verdict(*pair, higher_is_better=better, resolution=step) if pair is not None else None
+        out.append(replace(score, rank=ranks.get(name), versus=versus))
     return out
 
 
@@ -242,8 +250,8 @@ def _overall(tasks: Mapping[str, PlannedTask], scores: Sequence[Score], referenc
                 continue
             spread = float(np.std([np.mean(score.test) for score in here.values()])) or 1.0
             sign = 1.0 if task.higher_is_better else -1.0
-            pairs = zip(here[name].test, here[str(reference)].test, strict=False)
-            differences += [sign * (a - b) / spread for a, b in pairs]
+            ours, theirs = here[name].by_seed, here[str(reference)].by_seed
+            differences += [sign * (ours[seed] - theirs[seed]) / spread for seed in sorted(set(ours) & set(theirs))]
         if len(differences) > 1:
             found.append(Overall(name, float(np.mean(differences)), len(differences), sign_flip_p(differences)))
     return tuple(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -58,10 +59,12 @@ def _train(spec: Mapping[str, Any], weights: Callable[[str], bytes], check: Call
     def watch(row: LogRow) -> None:
         check()
 
+    task = load_task(spec["task"]["name"], spec["task"]["options"])
     with use_backend(spec["backend"]):
+        begun = time.process_time()
         outcome = train(
             built.model,
-            load_task(spec["task"]["name"], spec["task"]["options"]),
+            task,
             steps=budget["steps"],
             batch_size=budget["batch_size"],
             learning_rate=spec["learning_rate"],
@@ -70,14 +73,18 @@ def _train(spec: Mapping[str, Any], weights: Callable[[str], bytes], check: Call
             seed=spec["seed"],
             log_every=max(1, budget["steps"] // CURVE_POINTS),
             callback=watch,
+            eval_split=None,
         )
+        used = time.process_time() - begun
+        metrics = {} if outcome.status == "diverged" else evaluate(built.model, task, "valid")
     result = {
         "status": outcome.status,
         "steps": outcome.steps,
-        "metrics": finite(outcome.metrics),
+        "metrics": finite(metrics),
         "curve": [[row.step, *finite({"loss": row.loss}).values(), round(row.seconds, 4)] for row in outcome.history],
         "seconds": outcome.seconds,
-        "tokens_per_second": outcome.tokens_per_second,
+        "cpu_seconds": used,
+        "tokens": round(outcome.tokens_per_second * outcome.seconds),
         "parameters": built.parameters,
         "width": built.width,
         "hidden": built.hidden,

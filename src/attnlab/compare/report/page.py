@@ -116,7 +116,7 @@ def _tradeoffs(summary: Summary, styles: dict[str, Style]) -> Iterator[Picture]:
         return None if cost is None or not cost.memory else cost.memory["training"].get(longest)
 
     longest = max((n for cost in summary.costs.values() for n in cost.memory.get("training", {})), default=0)
-    costs = [("time", "seconds of a training run", "s", lambda score: score.seconds)]
+    costs = [("time", "CPU time of a training run", "s", lambda score: score.seconds)]
     if longest:
         costs.append(("memory", f"peak memory of a layer in training, {longest:,} tokens", "B", memory))
     for name, title, unit, cost in costs:

@@ -49,7 +49,7 @@ def columns(summary: Summary) -> list[Column]:
         Column(task.label, METRICS.get(task.metric, task.metric.replace("_", " ")), task.higher_is_better)
         for task in summary.tasks.values()
     ]
-    found += [Column("parameters", "at most"), Column("training", "a run"), Column("tokens/s", "training", True)]
+    found += [Column("parameters", "at most"), Column("training", "CPU time"), Column("tokens/s", "of CPU time", True)]
     if summary.costs:
         found += [
             Column("memory", "training"),
@@ -114,7 +114,7 @@ def _quality(task: PlannedTask, score: Score) -> Entry:
     if score.interval is None:
         return Entry({"excluded": "not possible"}.get(score.state, score.state), None, kind="absent")
     rank = f"rank {score.rank.text}" if score.rank is not None else ""
-    notes = [rank] if rank else []
+    notes = [note for note in (rank, score.reason) if note]
     kind = "best" if score.rank is not None and score.rank.position == 1 else ""
     if score.beats_baselines is False:
         notes, kind = [*notes, "below baseline"], "weak"

@@ -217,6 +217,6 @@ def limits(summary: Summary) -> Sequence[str]:
         "the number of comparisons.",
         "Layer times are of this machine, in float32, and of these implementations; a mechanism may have faster kernels "
         "elsewhere.",
-        "The time of a training run includes everything in it and whatever else the machine did meanwhile; layer times are "
-        "measured in pairs, in which that cancels.",
+        "Training is counted in processor time of whole runs at the sizes of the tasks, most of which is not the mixer; layer "
+        "times are measured in pairs, in which what else the machine does cancels.",
     ]

@@ -91,7 +91,7 @@ def _timing(table: Any) -> Timing:
     for key in ("lengths", "memory_lengths"):
         if key in values:
             values[key] = tuple(int(number) for number in numbers(f"timing {key}", values[key]))
-    for key in ("dim", "num_heads", "batch_size", "pairs"):
+    for key in ("dim", "num_heads", "batch_size", "pairs", "threads"):
         if key in values and type(values[key]) is not int:
             raise TypeError(f"timing {key}: expected an integer, got {values[key]!r}")
     if "lengths" in values and "memory_lengths" not in values:

@@ -73,6 +73,8 @@ class Timing:
         batch_size: sequences at once.
         seconds: time spent on one mixer at one length in one direction, about.
         pairs: least number of pairs (mixer, softmax) measured all the same.
+        threads: torch's threads meanwhile. One is steady on a machine that does other work too: with more, each operation waits
+            for the slowest of them, and mechanisms of many small operations look slower than they are.
     """
 
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
@@ -82,13 +84,14 @@ class Timing:
     batch_size: int = 1
     seconds: float = 0.4
     pairs: int = 3
+    threads: int = 1
 
     def __post_init__(self) -> None:
         if any(length < 1 for length in self.lengths) or list(self.lengths) != sorted(set(self.lengths)):
             raise ValueError(f"timing lengths: expected positive integers in rising order, got {list(self.lengths)}")
         if not set(self.memory_lengths) <= set(self.lengths):
             raise ValueError(f"timing memory_lengths: expected some of {list(self.lengths)}, got {list(self.memory_lengths)}")
-        for name in ("dim", "num_heads", "batch_size", "pairs"):
+        for name in ("dim", "num_heads", "batch_size", "pairs", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"timing {name}: expected a positive integer, got {getattr(self, name)}")
         if self.dim % self.num_heads:
