@@ -47,6 +47,7 @@ def test_everything_runs_and_ties(results):
     assert results.ok, (summary.failures, summary.ties, [dict(cost.gate) for cost in summary.costs.values()])
     assert summary.counts == {"finished": 32, "expected": 32}
     assert [tie.holds for tie in summary.ties] == [True, True]
+    assert all(0 < tie.distance < 1e-4 for tie in summary.ties), "two backends ran, and rounded differently"
     assert {score.state for score in summary.scores} == {"scored", "excluded"}
     pooling = summary.score("recall", "pooling")
     assert pooling.state == "excluded" and "no causal form" in pooling.reason

@@ -58,12 +58,14 @@ class Tie:
         difference: of the metric on the validation split, default backend less reference; None if a run is missing.
         allowed: the limit; None without a second seed.
         rounding: whether both backends agree within rounding before training; None if that was not measured.
+        distance: of the parameters after training, relative to their size: not 0, as the two do round differently.
     """
 
     task: str
     difference: float | None
     allowed: float | None
     rounding: bool | None
+    distance: float | None = None
 
     @property
     def holds(self) -> bool | None:

@@ -215,7 +215,7 @@ def why_not(task: PlannedTask, mixer: MixerChoice) -> str | None:
     """
     causal = load_task(task.name, task.options).model == "causal_lm"
     if causal and not can_be_causal(mixer.name):
-        return "it has no causal form, and this task predicts the next token"
+        return "no causal form, and this task predicts the next token"
     try:
         build_model(task.name, task.options, mixer.name, mixer.options, task.budget, seed=0)
     except UnsupportedError as error:

@@ -236,7 +236,9 @@ def _tie(task: PlannedTask, rows: Sequence[Row], scores: Sequence[Score], mixers
     here = {score.mixer: score for score in scores if score.task == task.label}
     first = here[reference].valid[0] if here[reference].valid else None
     seeds = [score.valid for score in here.values() if score.valid]
-    return judge(task.label, first, second, seeds, agrees, resolution=task.resolution)
+    results = [row.result for row in own if row.member.role == "control" and row.result is not None]
+    tie = judge(task.label, first, second, seeds, agrees, resolution=task.resolution)
+    return replace(tie, distance=results[0].get("distance") if results else None)
 
 
 def _overall(tasks: Mapping[str, PlannedTask], scores: Sequence[Score], reference: str | None) -> tuple[Overall, ...]:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 
 from attnlab.compare.cells import Cell
 from attnlab.compare.control import rounding
@@ -92,7 +92,15 @@ def _train(spec: Mapping[str, Any], weights: Callable[[str], bytes], check: Call
     }
     # Clones, because tied parameters share memory, which safetensors refuses.
     state = {name: value.detach().clone().contiguous() for name, value in built.model.state_dict().items()}
+    if spec["backend"] != "auto":
+        result["distance"] = _distance(state, load(weights(Cell("train", {**spec, "backend": "auto"}).key)))
     return Done(result, save(state))
+
+
+def _distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """How far two sets of parameters are apart, relative to the size of the second."""
+    apart = sum(float((a[name].double() - b[name].double()).square().sum()) for name in b)
+    return math.sqrt(apart / sum(float(value.double().square().sum()) for value in b.values()))
 
 
 def _test(spec: Mapping[str, Any], weights: Callable[[str], bytes], check: Callable[[], None]) -> Done:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LETTER, LINE, GAP, MARKER = 6.0, 12.0, 6.0, 5.0
+LETTER, LINE, GAP, MARKER = 6.8, 12.0, 6.0, 5.0
 """Pixels: width of a letter, height of a line, from a point's centre to its label, half a marker."""
 
 Box = tuple[float, float, float, float]

@@ -19,7 +19,7 @@ Styles = dict[str, Style]
 
 def _axis(task: PlannedTask) -> dict[str, object]:
     title = METRICS.get(task.metric, task.metric.replace("_", " "))
-    return {"title": {"text": title}, "tickformat": ".0%" if task.metric == "accuracy" else ".3~g"}
+    return {"title": {"text": title}, "tickformat": ".3~p" if task.metric == "accuracy" else ".3~g"}
 
 
 def _metric_span(task: PlannedTask, values: Sequence[float], share: float) -> tuple[float, float]:
@@ -111,7 +111,7 @@ def against(
         style, mean = styles[score.mixer], score.interval.mean if score.interval else 0.0
         found.add_scatter(
             x=[value], y=[mean], mode="markers" if position is None else "markers+text", text=[score.mixer],
-            textposition=position or "middle right", textfont={"size": 10.5},
+            textposition=position or "middle right", textfont={"size": 10.5}, cliponaxis=False,
             marker={"color": style.color, "size": 9, "symbol": style.symbol},
             hovertemplate=f"<b>{score.mixer}</b><br>{value_text(task, mean)}<br>{text(value)}<extra></extra>",
         )  # fmt: skip

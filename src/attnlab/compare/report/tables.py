@@ -152,15 +152,17 @@ def _last_length(summary: Summary) -> int:
     return max((n for cost in summary.costs.values() for n in cost.flops), default=0)
 
 
-def control_rows(summary: Summary) -> list[tuple[Tie, str, str, str]]:
-    """The control: the tie, its difference, what is allowed, and the verdict in words."""
+def control_rows(summary: Summary) -> list[tuple[Tie, str, str, str, str]]:
+    """The control: the tie, how far its parameters are apart, its difference, what is allowed, and the verdict in words."""
     rows = []
     for tie in summary.ties:
         task = summary.tasks[tie.task]
         scale, unit = (100.0, " points") if task.metric == "accuracy" else (1.0, "")
-        difference = "–" if tie.difference is None else f"{scale * tie.difference:+.3g}{unit}"
+        difference = "–" if tie.difference is None else f"{scale * abs(tie.difference):.3g}{unit}"
         allowed = "rounding alone decides" if tie.allowed is None else f"{scale * tie.allowed:.3g}{unit}"
-        rows.append((tie, difference, allowed, {True: "ties", False: "comes apart", None: "not decided"}[tie.holds]))
+        rows.append(
+            (tie, _power(tie.distance), difference, allowed, {True: "ties", False: "comes apart", None: "not decided"}[tie.holds])
+        )
     return rows
 
 

@@ -105,7 +105,7 @@ def _trust(summary: Summary) -> str:
     if tied:
         words.append(f"softmax attention through two backends ties on {listing(tied)}")
     if summary.costs:
-        words.append(f"all {len(summary.costs)} timed mechanisms equal their reference in outputs and gradients")
+        words.append(f"all {len(summary.costs)} timed mechanisms agree with the reference backend in outputs and gradients")
     start = "The checks hold: " + "; ".join(words) if words else "No control and no timing was part of this run"
     unfinished = "" if summary.complete else ". The run is not complete: what is missing is named below"
     return f"{start}{unfinished}."
@@ -207,12 +207,13 @@ def limits(summary: Summary) -> Sequence[str]:
     rates = len(next(iter(summary.tasks.values())).budget["learning_rates"])
     freedom = " with one degree of freedom, and therefore wide" if seeds == 2 else ""
     edge = at_the_edge(summary)
+    few = " Fewer than three cannot bracket the best one." if rates < 3 else ""
     edges = f" In {edge} sweep{'s' if edge > 1 else ''} the best rate was the smallest or the largest tried." if edge else ""
     return [
         f"{'One seed' if seeds == 1 else f'{seeds} seeds'} a mechanism: intervals are Student's t over seeds{freedom}. They do "
         "not cover the choice of evaluation examples, nor that of the learning rate.",
         f"{rates} learning rate{'s' if rates > 1 else ''} tried, with one seed: a coarse sweep can misrank mechanisms, "
-        f"recurrent ones above all.{edges}",
+        f"recurrent ones above all.{few}{edges}",
         "Small models, short training, short sequences: what holds here need not hold at scale. Ranks are not corrected for "
         "the number of comparisons.",
         "Layer times are of this machine, in float32, and of these implementations; a mechanism may have faster kernels "
