@@ -150,10 +150,10 @@ def test_time_left_counts_what_is_expected():
 
 def test_labels_do_not_overlap():
     points = [
-        Point(50.0, 50.0, "softmax"),
-        Point(58.0, 52.0, "mamba"),
-        Point(50.0, 50.0, "twin"),
-        Point(98.0, 50.0, "a long name"),
+        Point(70.0, 50.0, "softmax"),
+        Point(78.0, 52.0, "mamba"),
+        Point(70.0, 50.0, "twin"),
+        Point(118.0, 50.0, "a long name"),
     ]
     placed = place_labels(points, 200.0, 100.0)
     assert placed[0] == "middle left", "to its right is another point"

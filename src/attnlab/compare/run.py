@@ -103,18 +103,21 @@ def compare(
         workers=workers,
     )
     folder = Path(out) if out is not None else Path("runs") / chosen.name
+    _run(chosen, folder, fresh, console, command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    return make_report(folder / LEDGER, folder, citations=citations)
+
+
+def _run(suite: Suite, folder: Path, fresh: bool, console: Console | None, command: str) -> None:
     machine = machine_facts()
-    plan = Plan(chosen, machine)
+    plan = Plan(suite, machine)  # before an earlier ledger is touched: this is where a wrong suite is refused
+    workers = min(suite.workers, available_cores())
     if fresh:
         set_aside(folder / LEDGER)
-    processes = min(chosen.workers, available_cores())
-    made_by = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     with Ledger(folder / LEDGER) as ledger:
-        run = ledger.open_run({**describe(plan), "machine": machine, "command": made_by, "workers": processes})
+        run = ledger.open_run({**describe(plan), "machine": machine, "command": command, "workers": workers})
         ledger.add(run, plan.ready([]))
         ledger.retry_failed(run)
-        _execute(ledger, run, plan, processes, console)
-    return make_report(folder / LEDGER, folder, citations=citations)
+        _execute(ledger, run, plan, workers, console)
 
 
 def _refuse_in_a_worker() -> None:
