@@ -19,7 +19,8 @@ FOLDER = Path(os.environ.get("ATTNLAB_GOLDEN") or Path(__file__).parent / "data"
 class Recording:
     """One ``.npz`` file with the configuration that its folder's ``meta.json`` gives for it.
 
-    Floating-point arrays are read as float64, so that what is measured is the recording's own rounding.
+    Floating-point arrays are read as ``dtype``: as float64, what is measured is the recording's own rounding; as float32, how
+    large such rounding is.
     """
 
     slug: str
@@ -27,6 +28,7 @@ class Recording:
     config: Any
     tensors: dict[str, Tensor]
     rounding: dict[str, float]
+    dtype: torch.dtype
 
     def __getitem__(self, key: str) -> Tensor:
         return self.tensors[key]
@@ -47,7 +49,7 @@ class Recording:
         return self[key].clone().requires_grad_()
 
 
-def load(slug: str, file: Path) -> Recording:
+def load(slug: str, file: Path, dtype: torch.dtype = torch.float64) -> Recording:
     """Read a recording; pickled arrays are refused."""
     meta = json.loads((file.parent / "meta.json").read_text())
     tensors, rounding = {}, {}
@@ -55,13 +57,18 @@ def load(slug: str, file: Path) -> Recording:
         for key in arrays.files:
             tensor = torch.from_numpy(np.array(arrays[key]))
             rounding[key] = torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
-            tensors[key] = tensor.double() if tensor.is_floating_point() else tensor
-    return Recording(slug, file.stem, meta["case"].get(file.stem, {}), tensors, rounding)
+            tensors[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return Recording(slug, file.stem, meta["case"].get(file.stem, {}), tensors, rounding, dtype)
 
 
 def recordings(slug: str) -> list[Recording]:
     """All recordings of a paper in the folder in use."""
     return [load(slug, file) for file in sorted((FOLDER / slug).glob("*.npz"))]
+
+
+def in_float32(recording: Recording) -> Recording:
+    """The same recording, to be computed in float32."""
+    return load(recording.slug, FOLDER / recording.slug / f"{recording.name}.npz", torch.float32)
 
 
 def fill(module: nn.Module, values: dict[str, Tensor]) -> None:

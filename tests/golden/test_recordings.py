@@ -8,8 +8,9 @@ from __future__ import annotations
 import importlib
 
 import pytest
+import torch
 
-from golden.recording import FOLDER, Recording, recordings
+from golden.recording import FOLDER, Recording, in_float32, recordings
 
 # slug of the paper: what its recordings establish
 ADAPTERS = {
@@ -39,13 +40,21 @@ def test_there_are_recordings() -> None:
 def test_equals_the_authors(recording: Recording, record_property: pytest.RecordProperty) -> None:
     adapter = importlib.import_module(f"golden.adapters.{recording.slug.replace('-', '_')}")
     results = adapter.run(recording)
-    compared = 0
+    single = max(recording.rounding.values()) > 1e-10
+    rounded = adapter.run(in_float32(recording)) if single else {}
     for key, ours in results.items():
         theirs = recording[key]
         assert ours.shape == theirs.shape, f"{key}: shape {tuple(ours.shape)}, recorded {tuple(theirs.shape)}"
-        error = float((ours.detach() - theirs).norm() / theirs.norm().clamp(min=1e-30))
-        assert error <= max(1e-6, recording.rounding[key]), f"{key}: relative error {error:.2e}"
-        compared += 1
+        # What was recorded in float32 carries the rounding of a float32 run, and ours tells how large that is.
+        coarse = recording.rounding[key] > 1e-10
+        budget = max(1e-6, 4 * _relative(rounded[key].double(), ours)) if coarse else 1e-6
+        error = _relative(ours, theirs)
+        assert error <= budget, f"{key}: relative error {error:.2e}, allowed {budget:.2e}"
     missing = {key for key in recording.tensors if key.startswith(("out/", "grad/"))} - set(results)
     assert not missing, f"recorded, but not compared: {sorted(missing)}"
-    record_property("checks", compared)
+    record_property("checks", len(results))
+
+
+def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    ours, theirs = ours.detach(), theirs.detach()
+    return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))

@@ -52,7 +52,7 @@ def _run(recording: Recording, flavour: str, config: dict) -> dict[str, Tensor]:
         class_token=bool(prefix),
         reduction=config.get("sr_ratio", 1),
         qkv_bias="qkv.bias" in weights or "q.bias" in weights,
-    ).double()
+    ).to(recording.dtype)
     mapped = _biases(weights) | renamed(weights, {"proj": "out_proj", "dwc": "dwc", "sr": "shrink", "norm": "shrink_norm"})
     if "qkv.weight" in weights:
         mapped |= rows(weights, "qkv", {"q_proj": dim, "k_proj": dim, "v_proj": dim})

@@ -25,7 +25,7 @@ class _DualPart(nn.Module):
         between = ConvolutionalPosition(dim)
         channel_mixer = create_channel_mixer("mlp", dim=dim, hidden=hidden)
         self.block = Block(dim, mixer, channel_mixer, between=between)
-        self.double()
+        self.to(weights["norm1.weight"].dtype)
         fill(self.before, renamed(weights, {"cpe.0.proj": "conv"}))
         mapped = renamed(weights, {"cpe.1.proj": "between.conv", "norm1": "mixer_norm", "norm2": "channel_norm"})
         mapped |= renamed(weights, {"mlp.fc1": "channel_mixer.up", "mlp.fc2": "channel_mixer.down"})

@@ -38,7 +38,7 @@ def _layer(recording: Recording, config: dict) -> dict[str, Tensor]:
         qk_activation=config.get("qk_activation", "silu"),
         qk_norm=config.get("qk_norm", "l2"),
         norm_eps=config.get("norm_eps", 1e-5),
-    ).double()
+    ).to(recording.dtype)
     names = {name: name for name in ("q_proj", "k_proj", "v_proj", "b_proj", "g_proj")}
     names |= {"o_proj": "out_proj", "o_norm": "out_norm"}
     names |= {f"{part}_conv1d": f"convs.{part}" for part in "qkv"}

@@ -29,7 +29,7 @@ def run(recording: Recording) -> dict[str, Tensor]:
         factor=sides[1] - sides[0] if len(sides) > 1 else 2,
         normalize=_flag(text, "normalize_modulator"),
         post_norm="ln.weight" in weights,
-    ).double()
+    ).to(recording.dtype)
     names = {"f": "in_proj", "h": "modulate", "proj": "out_proj", "ln": "post_norm"}
     names |= {f"focal_layers.{level}.0.weight": f"kernels.{level}" for level in range(len(sides))}
     fill(mixer, renamed(weights, names))

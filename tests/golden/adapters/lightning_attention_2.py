@@ -14,7 +14,7 @@ def run(recording: Recording) -> dict[str, Tensor]:
     heads = recording["in/q"].shape[1]
     decay = -recording["in/slopes"].reshape(-1)
     ours = log_decay("alibi", heads)
-    torch.testing.assert_close(ours.double(), decay, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(ours.to(decay), decay, rtol=1e-6, atol=0.0)
     leaves = {name: recording.leaf(f"in/{name}") for name in ("q", "k", "v")}
     o, state = linear_attention(**leaves, log_decay=decay)
     (o * recording["in/w"]).sum().backward()

@@ -39,7 +39,7 @@ def _module(recording: Recording, config: dict) -> dict[str, Tensor]:
         dt_rank=rank,
         conv_bias="conv1d.bias" in weights,
         bias="in_proj.bias" in weights,
-    ).double()
+    ).to(recording.dtype)
     same = {name: name for name in ("in_proj", "x_proj", "dt_proj", "out_proj", "A_log", "D")}
     fill(mixer, renamed(weights, same | {"conv1d": "conv"}))
     x = recording.leaf("in/x")

@@ -21,7 +21,7 @@ def run(recording: Recording) -> dict[str, Tensor]:
         create_channel_mixer("mlp", dim=dim, hidden=weights["mlp.fc1.weight"].shape[0]),
         norm="group_norm",
         layer_scale=1.0 if scaled else None,
-    ).double()
+    ).to(recording.dtype)
     names = {"norm1": "mixer_norm", "norm2": "channel_norm", "mlp.fc1": "channel_mixer.up", "mlp.fc2": "channel_mixer.down"}
     fill(block, renamed(weights, names | {"layer_scale_1": "mixer_residual.scale", "layer_scale_2": "channel_residual.scale"}))
     x = recording.leaf("in/x")

@@ -22,7 +22,7 @@ def _run(recording: Recording, name: str, config: dict) -> dict[str, Tensor]:
         position="log_cpb" if cosine else "none",
         qkv_bias="qkv.bias" in weights,
         qk_norm="layer_norm" if "q_norm.weight" in weights else "none",
-    ).double()
+    ).to(recording.dtype)
     mapped = rows(weights, "qkv", {"q_proj": dim, "k_proj": dim, "v_proj": dim})
     mapped |= renamed(
         weights,

@@ -67,7 +67,7 @@ def _module(recording: Recording, config: dict) -> dict[str, Tensor]:
         position="alibi" if config.get("alibi") else "rotary" if config.get("rope") else "none",
         qkv_bias="qkv.bias" in weights,
         out_bias="proj.bias" in weights,
-    ).double()
+    ).to(recording.dtype)
     mapped = rows(weights, "qkv", {"q_proj": dim, "k_proj": dim, "v_proj": dim})
     fill(mixer, mapped | renamed(weights, {"proj": "out_proj", "q_norm": "q_norm", "k_norm": "k_norm"}))
     x = recording.leaf("in/module_x")

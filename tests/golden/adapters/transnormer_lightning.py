@@ -18,7 +18,7 @@ def run(recording: Recording) -> dict[str, Tensor]:
         layer=config["layer"],
         num_layers=config["num_layers"],
         lrpe=config["lrpe"],
-    ).double()
+    ).to(recording.dtype)
     slopes = recording["in/slopes"].reshape(-1)
     torch.testing.assert_close(-mixer.log_decay, slopes, rtol=1e-4, atol=1e-9)
     mixer.log_decay = -slopes
