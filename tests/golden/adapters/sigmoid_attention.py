@@ -10,15 +10,15 @@ from attnlab.ops.attention import attention
 from golden.recording import Recording, fill, renamed, rows
 
 
-def _pairs(recording: Recording, config: dict, lengths: Tensor, n: int) -> Tensor:
+def _pairs(recording: Recording, config: dict, offset: Tensor, n: int) -> Tensor:
     """(b, 1, n, m): causality and window relative to each example's own last key, as the reference kernel aligns them."""
     m = recording["in/k"].shape[1]
     left, right = next((value for key, value in config.items() if "window" in key and value), (-1, -1))
     if config.get("causal"):
         right = 0
-    row = torch.arange(n)[None, :, None] + lengths[:, None, None] - n
+    row = torch.arange(n)[None, :, None] + offset[:, None, None]
     column = torch.arange(m)[None, None, :]
-    allowed = torch.ones(lengths.shape[0], n, m, dtype=torch.bool)
+    allowed = torch.ones(offset.shape[0], n, m, dtype=torch.bool)
     if right >= 0:
         allowed &= column <= row + right
     if left >= 0:
@@ -34,15 +34,17 @@ def _function(recording: Recording, config: dict) -> dict[str, Tensor]:
     if key_mask is not None and not config.get("key_padding", recording.name == "held"):
         key_mask = None
     query_mask = recording.get("in/query_padding_mask")
-    lengths = torch.full((b,), m) if key_mask is None else key_mask.sum(dim=1)
+    # position of the first query among the keys: the last real query stands at the last real key
+    offset = torch.full((b,), m) if key_mask is None else key_mask.sum(dim=1)
+    offset = offset - (n if query_mask is None else query_mask.sum(dim=1))
     bias = recording["in/sigmoid_bias"].reshape(1, 1, 1, 1)
     slopes = recording.get("in/alibi_slopes")
     if slopes is not None:
         slopes = slopes.reshape(-1, q.shape[1])
-        row = torch.arange(n)[None, :, None] + lengths[:, None, None] - n
+        row = torch.arange(n)[None, :, None] + offset[:, None, None]
         distance = (row - torch.arange(m)).abs()[:, None]
         bias = bias - slopes[:, :, None, None] * distance
-    options = {"key_mask": key_mask, "pair_mask": _pairs(recording, config, lengths, n), "normalizer": "sigmoid"}
+    options = {"key_mask": key_mask, "pair_mask": _pairs(recording, config, offset, n), "normalizer": "sigmoid"}
     o = attention(q, k, v, bias=bias, **options).transpose(1, 2)
     identity = torch.eye(m, dtype=v.dtype).expand(b, k.shape[1], -1, -1)
     weights = attention(q, k, identity, bias=bias, **options)
