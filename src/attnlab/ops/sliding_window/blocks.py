@@ -9,6 +9,7 @@ Letters: R pairs of a sequence and a key head, r query heads of a key head, B bl
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -101,7 +102,7 @@ class Buffers:
         return self.flat[name][:size].view(shape)
 
 
-class Keys:
+class Keys(ABC):
     """Keys and values (R tokens d), zeros where they are masked, and what a chunk of queries does with them.
 
     Subclasses say which keys a chunk sees, and with which additive masks.
@@ -114,21 +115,21 @@ class Keys:
     def __init__(self, plan: Plan, buffers: Buffers) -> None:
         self.plan, self.buffers = plan, buffers
 
+    @abstractmethod
     def seen(self, x: Tensor, chunk: Chunk) -> Tensor:
         """The rows of ``x`` that each product sees, transposed: (products, d, keys)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def masks(self, chunk: Chunk) -> list[Tensor]:
         """What is to be added to scores (R B r w keys)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def accumulate(self, total: Tensor, parts: Tensor, chunk: Chunk) -> None:
         """Add a chunk's gradients (products keys d) to those of all keys."""
-        raise NotImplementedError
 
+    @abstractmethod
     def deliver(self, total: Tensor, out: Tensor) -> None:
         """Add a total (R tokens d) to the gradient of the argument (b hk m d)."""
-        raise NotImplementedError
 
     def scores(self, queries: Tensor, chunk: Chunk) -> Tensor:
         """(products rows keys), masked."""
