@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attnlab.core.masks import causal_pairs
+from attnlab.core.masks import Masks, causal_pairs
 from attnlab.core.state import State
 from checking.planting import plant
 from checking.toys import ToyAttention, ToyRecurrence, at_once, attention_op, weigh
@@ -78,7 +78,7 @@ class NoZeros(ToyAttention):
 
     def forward(self, x, context=None, *, mask=None, context_mask=None, pair_mask=None, grid=None):
         grid = self._validate(x, context, mask, context_mask, pair_mask, grid)
-        y = self.mix(x, context, mask=mask, context_mask=context_mask, pair_mask=pair_mask, grid=grid)
+        y = self.mix(x, context, Masks(mask, mask if context is None else context_mask, pair_mask), grid)
         return y if mask is None else y.masked_fill(~mask.unsqueeze(-1), 0.0)
 
 
@@ -289,15 +289,15 @@ class IgnoresGenerator(ToyAttention):
 
 @plant("mixing_matrix", "matrix @ values against what was mixed")
 class MatrixWithoutMask(ToyAttention):
-    def matrix(self, x, context, *, mask, context_mask, pair_mask, grid):
-        whole = super().matrix(x, context, mask=mask, context_mask=context_mask, pair_mask=None, grid=grid)
-        return whole if pair_mask is None else whole.masked_fill(~pair_mask, 0.0)
+    def matrix(self, x, context, masks, grid):
+        whole = super().matrix(x, context, masks._replace(pair=None), grid)
+        return whole if masks.pair is None else whole.masked_fill(~masks.pair, 0.0)
 
 
 @plant("mixing_matrix_gradient", "through the matrix")
 class DetachedMatrix(ToyAttention):
-    def matrix(self, x, context, *, mask, context_mask, pair_mask, grid):
-        return super().matrix(x, context, mask=mask, context_mask=context_mask, pair_mask=pair_mask, grid=grid).detach()
+    def matrix(self, x, context, masks, grid):
+        return super().matrix(x, context, masks, grid).detach()
 
 
 @plant("pair_mask", "depends on a key left out")
@@ -316,11 +316,11 @@ class PairMaskOfFirstHead(ToyAttention):
 
 @plant("pair_mask_equals_mask", "pair_mask against mask")
 class PairMaskAfterSoftmax(ToyAttention):
-    def mix(self, x, context, *, mask, context_mask, pair_mask, grid):
+    def mix(self, x, context, masks, grid):
         q, k, v = self.project(x, context)
-        allowed = self.pairs(q, k, mask if context is None else context_mask, None)
-        weights = weigh(q @ k.mT * q.shape[-1] ** -0.5, allowed)
-        return self.finish((weights if pair_mask is None else weights.masked_fill(~pair_mask, 0.0)) @ v, x, mask)
+        weights = weigh(q @ k.mT * q.shape[-1] ** -0.5, self.pairs(q, k, masks.key, None))
+        weights = weights if masks.pair is None else weights.masked_fill(~masks.pair, 0.0)
+        return self.finish(weights @ v, x, masks.query)
 
 
 @plant("cross", "does not depend on the context")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from attnlab.core.contract import Mixer
+from attnlab.core.masks import Masks
 from attnlab.core.state import State
 from checking.planting import plant
 from checking.toys import ToyAttention, ToyRecurrence
@@ -54,10 +55,10 @@ class StateOfNothing(ToyRecurrence):
 
 @plant("grid_ranks", "grid", grid=frozenset({1, 2}))
 class NoGridInFact(ToyAttention):
-    def mix(self, x, context, *, mask, context_mask, pair_mask, grid):
+    def mix(self, x, context, masks, grid):
         if len(grid) == 2 and grid[0] > grid[1]:
             raise ValueError("only wide grids")
-        return super().mix(x, context, mask=mask, context_mask=context_mask, pair_mask=pair_mask, grid=grid)
+        return super().mix(x, context, masks, grid)
 
 
 @plant("proves_varlen", "no check of it ran", varlen=True)
@@ -106,7 +107,7 @@ class Careless(ToyAttention):
     """Takes what it is given."""
 
     def forward(self, x, context=None, *, mask=None, context_mask=None, pair_mask=None, grid=None):
-        return self.mix(x, context, mask=mask, context_mask=context_mask, pair_mask=pair_mask, grid=grid)
+        return self.mix(x, context, Masks(mask, mask if context is None else context_mask, pair_mask), grid)
 
 
 @plant("refusals", "pair_mask: is not promised, but is not refused", pair_mask=False)

@@ -29,9 +29,9 @@ class WindowForgetsOneKey(registered("sliding_window")):
 
 @plant("padding_right_equals_shorter", "masked tokens more on the right")
 class SigmoidCountsMaskedTokens(registered("sigmoid")):
-    def attend(self, q, k, v, **masks):
+    def attend(self, q, k, v, masks, grid):
         self.logit_bias = -math.log(k.shape[2])
-        return super().attend(q, k, v, **masks)
+        return super().attend(q, k, v, masks, grid)
 
 
 class Unmasked:
@@ -54,10 +54,10 @@ class DeltaNetReadsPadding(registered("delta_net")):
 
 @plant("causality_gradient", "output 0 depends on input")
 class SoftmaxLooksAhead(registered("softmax")):
-    def attend(self, q, k, v, **masks):
+    def attend(self, q, k, v, masks, grid):
         causal, self.causal = self.causal, False
         try:
-            return super().attend(q, k, v, **masks)
+            return super().attend(q, k, v, masks, grid)
         finally:
             self.causal = causal
 
@@ -71,8 +71,8 @@ class MambaCutsHistory(registered("mamba")):
 
 @plant("cost_exponent", "declared 1, measured 1.9")
 class WindowOverAllPairs(registered("sliding_window")):
-    def attend(self, q, k, v, **masks):
-        return super().attend(q, k, v, **masks) + 0.0 * torch.softmax(q @ k.mT, dim=-1) @ v
+    def attend(self, q, k, v, masks, grid):
+        return super().attend(q, k, v, masks, grid) + 0.0 * torch.softmax(q @ k.mT, dim=-1) @ v
 
 
 @plant("permutation_equivariant", "permuting the tokens changes")

@@ -192,7 +192,7 @@ class Future(Mixer):
     info = MixerInfo("future", "mixer", "", "", None, (), Supports(causal="optional"))
     def __init__(self, dim, num_heads=8, *, causal=False, device=None, dtype=None):
         super().__init__(dim, num_heads, causal=causal)
-    def mix(self, x, context, *, mask, context_mask, pair_mask, grid):
+    def mix(self, x, context, masks, grid):
         return x.flip(1)
 """
 

@@ -84,16 +84,16 @@ class ToyAttention(StreamingMixer):
     def finish(self, mixed: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         return self.out(mixed.transpose(1, 2).flatten(2)) * torch.sigmoid(self.gate(x))
 
-    def mix(self, x, context, *, mask, context_mask, pair_mask, grid):
+    def mix(self, x, context, masks, grid):
         q, k, v = self.project(x, context)
-        mixed = self.attend(q, k, v, self.pairs(q, k, mask if context is None else context_mask, pair_mask))
+        mixed = self.attend(q, k, v, self.pairs(q, k, masks.key, masks.pair))
         self.emit("values", v)
         self.emit("mixed", mixed)
-        return self.finish(mixed, x, mask)
+        return self.finish(mixed, x, masks.query)
 
-    def matrix(self, x, context, *, mask, context_mask, pair_mask, grid):
+    def matrix(self, x, context, masks, grid):
         q, k, _ = self.project(x, context)
-        allowed = self.pairs(q, k, mask if context is None else context_mask, pair_mask)
+        allowed = self.pairs(q, k, masks.key, masks.pair)
         return weigh(q @ k.mT * q.shape[-1] ** -0.5, allowed)
 
     def begin(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:

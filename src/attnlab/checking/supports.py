@@ -13,6 +13,7 @@ from attnlab.checking.outcome import Violation
 from attnlab.checking.require import FORWARD, distance, require, require_close
 from attnlab.checking.suite import conformance
 from attnlab.core.contract import Mixer
+from attnlab.core.masks import Masks
 
 
 @conformance(law=7, promise="contract")
@@ -79,7 +80,7 @@ def order_matters(bench: Bench) -> str:
 def _mix(mixer: Mixer, trial: Trial, pairs: torch.Tensor | None) -> torch.Tensor:
     x = trial.inputs.x
     grid = trial.inputs.grid or (x.shape[1] - mixer.num_prefix,)
-    return mixer.mix(x, None, mask=None, context_mask=None, pair_mask=pairs, grid=grid)
+    return mixer.mix(x, None, Masks(pair=pairs), grid)
 
 
 @conformance(law=7, promise="refusals", when=lambda supports: not supports.pair_mask)
@@ -117,7 +118,7 @@ def no_mixing_matrix(bench: Bench) -> str:
         grid = inputs.grid or (inputs.x.shape[1] - mixer.num_prefix,)
         try:
             with torch.no_grad():
-                matrix = mixer.matrix(inputs.x, None, mask=None, context_mask=None, pair_mask=None, grid=grid)
+                matrix = mixer.matrix(inputs.x, None, Masks(), grid)
                 values, mixed = recorded(mixer, inputs)
             require_close("matrix @ values", matrix @ values, mixed, FORWARD)
         except Exception:  # whatever it is, it has none

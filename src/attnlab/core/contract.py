@@ -13,7 +13,7 @@ from attnlab.core.catalog import alternatives
 from attnlab.core.errors import UnsupportedError
 from attnlab.core.grid import Grid, resolve_grid
 from attnlab.core.info import MixerInfo, Supports
-from attnlab.core.masks import answered_queries, check_mask, check_pair_mask, zero_masked
+from attnlab.core.masks import Masks, answered_queries, check_mask, check_pair_mask, zero_masked
 from attnlab.core.record import emit, recording
 from attnlab.core.state import State
 
@@ -92,10 +92,11 @@ class Mixer(nn.Module):
         """
         grid = self._validate(x, context, mask, context_mask, pair_mask, grid)
         x, context = zero_masked(x, mask), None if context is None else zero_masked(context, context_mask)
-        y = self.mix(x, context, mask=mask, context_mask=context_mask, pair_mask=pair_mask, grid=grid)
+        masks = Masks(mask, mask if context is None else context_mask, pair_mask)
+        y = self.mix(x, context, masks, grid)
         # a query without a key gives 0, whatever biases and residual branches would add
-        key_mask, keys = (mask, x) if context is None else (context_mask, context)
-        answered = answered_queries(x, keys.shape[1], causal=self.causal, mask=mask, key_mask=key_mask, pair_mask=pair_mask)
+        num_keys = (x if context is None else context).shape[1]
+        answered = answered_queries(x, num_keys, causal=self.causal, mask=mask, key_mask=masks.key, pair_mask=pair_mask)
         return zero_masked(y, answered)
 
     def mixing_matrix(
@@ -113,7 +114,8 @@ class Mixer(nn.Module):
             raise self._refusal("mixing_matrix", "no matrix between tokens multiplies its values", mixing_matrix=True)
         grid = self._validate(x, context, mask, context_mask, pair_mask, grid)
         x, context = zero_masked(x, mask), None if context is None else zero_masked(context, context_mask)
-        matrix = self.matrix(x, context, mask=mask, context_mask=context_mask, pair_mask=pair_mask, grid=grid)
+        masks = Masks(mask, mask if context is None else context_mask, pair_mask)
+        matrix = self.matrix(x, context, masks, grid)
         return matrix if mask is None else matrix.masked_fill(~mask[:, None, :, None], 0.0)
 
     def init_state(self, batch_size: int) -> State:
@@ -130,10 +132,7 @@ class Mixer(nn.Module):
         self,
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m c2"] | None,
-        *,
-        mask: Bool[Tensor, "b n"] | None,
-        context_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid,
     ) -> Float[Tensor, "b n c"]:
         """The mechanism on validated input, zero at masked tokens; ``grid`` is resolved. Subclasses implement this."""
@@ -143,10 +142,7 @@ class Mixer(nn.Module):
         self,
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m c2"] | None,
-        *,
-        mask: Bool[Tensor, "b n"] | None,
-        context_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid,
     ) -> Float[Tensor, "b h n m"]:
         """`mixing_matrix` on validated input. Subclasses that promise one implement this."""
@@ -284,11 +280,8 @@ class StreamingMixer(Mixer):
         self,
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m c2"] | None,
-        *,
-        mask: Bool[Tensor, "b n"] | None,
-        context_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid,
     ) -> Float[Tensor, "b n c"]:
         """The whole sequence at once is one piece from the empty state; mixers with a non-causal form override this."""
-        return self.advance(x, self.begin(x.shape[0], x.device, x.dtype), mask=mask)[0]
+        return self.advance(x, self.begin(x.shape[0], x.device, x.dtype), mask=masks.query)[0]

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+
+class Masks(NamedTuple):
+    """The masks of a call as a mixer's own methods see them; None allows everything.
+
+    Args:
+        query: (b, n), which queries are real tokens.
+        key: (b, m), which keys may be used: those of the context if there is one.
+        pair: (b or 1, h or 1, n, m), which query may use which key.
+    """
+
+    query: Bool[Tensor, "b n"] | None = None
+    key: Bool[Tensor, "b m"] | None = None
+    pair: Bool[Tensor, "#b #h n m"] | None = None
 
 
 def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attnlab.core.contract import Mixer, StreamingMixer
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
+from attnlab.core.masks import Masks
 from attnlab.core.state import State
 from attnlab.positions import create_position
 
@@ -108,10 +109,7 @@ class AttentionMixer(Mixer):
         q: Float[Tensor, "b h n d"],
         k: Float[Tensor, "b hk m d"],
         v: Float[Tensor, "b hk m e"],
-        *,
-        query_mask: Bool[Tensor, "b n"] | None,
-        key_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid | None,
     ) -> Float[Tensor, "b h n e"]:
         """The operator. The last query stands at the last key where causal."""
@@ -147,33 +145,25 @@ class AttentionMixer(Mixer):
         self,
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m c2"] | None,
-        *,
-        mask: Bool[Tensor, "b n"] | None,
-        context_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid,
     ) -> Float[Tensor, "b n c"]:
         """Project, attend, project back."""
         q, k, v = self.project(x, context)
-        key_mask = mask if context is None else context_mask
-        heads = self.attend(q, k, v, query_mask=mask, key_mask=key_mask, pair_mask=pair_mask, grid=grid)
-        self.show(q, k, v, heads, query_mask=mask, key_mask=key_mask, pair_mask=pair_mask, grid=grid)
-        return self.join(heads, x, mask)
+        heads = self.attend(q, k, v, masks, grid)
+        self.show(q, k, v, heads, masks, grid)
+        return self.join(heads, x, masks.query)
 
     def matrix(
         self,
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m c2"] | None,
-        *,
-        mask: Bool[Tensor, "b n"] | None,
-        context_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid,
     ) -> Float[Tensor, "b h n m"]:
         """What `attend` makes of identity values."""
         q, k, _ = self.project(x, context)
-        key_mask = mask if context is None else context_mask
-        return self.attend(q, k, self.identity(k), query_mask=mask, key_mask=key_mask, pair_mask=pair_mask, grid=grid)
+        return self.attend(q, k, self.identity(k), masks, grid)
 
     def show(
         self,
@@ -181,19 +171,13 @@ class AttentionMixer(Mixer):
         k: Float[Tensor, "b hk m d"],
         v: Float[Tensor, "b hk m e"],
         heads: Float[Tensor, "b h n e"],
-        *,
-        query_mask: Bool[Tensor, "b n"] | None,
-        key_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid | None,
     ) -> None:
         """Emit "values", "mixed" and, if anyone wants it, the map between them, "attention"."""
         self.emit("values", lambda: v.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1))
         self.emit("mixed", heads)
-        self.emit(
-            "attention",
-            lambda: self.attend(q, k, self.identity(k), query_mask=query_mask, key_mask=key_mask, pair_mask=pair_mask, grid=grid),
-        )
+        self.emit("attention", lambda: self.attend(q, k, self.identity(k), masks, grid))
 
     @staticmethod
     def identity(k: Float[Tensor, "b hk m d"]) -> Float[Tensor, "b hk m m"]:
@@ -235,7 +219,7 @@ class CachedAttention(AttentionMixer, StreamingMixer):
             past = real if real.shape[1] == kept else real.new_ones(x.shape[0], kept)
             real = torch.cat((past, real.new_ones(x.shape[0], n) if mask is None else mask), dim=1)
         key_mask = real if real.shape[1] else None
-        heads = self.attend(q, k, v, query_mask=mask, key_mask=key_mask, pair_mask=None, grid=None)
+        heads = self.attend(q, k, v, Masks(mask, key_mask), None)
         after = {
             "k": self.trim(k, 2),
             "v": self.trim(v, 2),

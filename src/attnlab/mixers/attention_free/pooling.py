@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from attnlab.core.catalog import mixers
 from attnlab.core.contract import Mixer
 from attnlab.core.grid import Grid, from_grid, to_grid
 from attnlab.core.info import Supports
+from attnlab.core.masks import Masks
 from attnlab.ops.backends import accumulate_dtype
 
 _POOLS = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
@@ -62,14 +63,11 @@ class Pooling(Mixer):
         self,
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m c2"] | None,
-        *,
-        mask: Bool[Tensor, "b n"] | None,
-        context_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid,
     ) -> Float[Tensor, "b n c"]:
         """The mean of the window's real tokens minus the token."""
-        y = self._pool(x, mask, grid)
+        y = self._pool(x, masks.query, grid)
         self.emit("values", x.unsqueeze(1))
         self.emit("mixed", y.unsqueeze(1))
         return y
@@ -78,17 +76,14 @@ class Pooling(Mixer):
         self,
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m c2"] | None,
-        *,
-        mask: Bool[Tensor, "b n"] | None,
-        context_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid,
     ) -> Float[Tensor, "b h n m"]:
         """What pooling makes of the identity (b, 1, n, n)."""
         identity = torch.eye(x.shape[1], device=x.device, dtype=x.dtype).expand(x.shape[0], -1, -1)
-        if mask is not None:
-            identity = identity.masked_fill(~mask.unsqueeze(-1), 0.0)
-        return self._pool(identity, mask, grid).unsqueeze(1)
+        if masks.query is not None:
+            identity = identity.masked_fill(~masks.query.unsqueeze(-1), 0.0)
+        return self._pool(identity, masks.query, grid).unsqueeze(1)
 
     def _pool(self, x: Float[Tensor, "b n e"], mask: Tensor | None, grid: Grid) -> Float[Tensor, "b n e"]:
         pool = _POOLS[len(grid) - 1]

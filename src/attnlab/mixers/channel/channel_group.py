@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from attnlab.core.catalog import mixers
 from attnlab.core.contract import Mixer
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
+from attnlab.core.masks import Masks
 
 
 @mixers.register(
@@ -71,17 +72,14 @@ class ChannelGroupAttention(Mixer):
         self,
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m c2"] | None,
-        *,
-        mask: Bool[Tensor, "b n"] | None,
-        context_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid,
     ) -> Float[Tensor, "b n c"]:
         """Channels of each group attend to each other; masked tokens are out of the sums."""
         q, k, v = rearrange(self.in_proj(x), "b n (three g d) -> three b g n d", three=3, g=self.num_heads)
-        if mask is not None:
-            k = k.masked_fill(~mask[:, None, :, None], 0.0)
-        logits = (k.transpose(-1, -2) @ v) * self._scale(x, mask, k.shape[-1])
+        if masks.key is not None:
+            k = k.masked_fill(~masks.key[:, None, :, None], 0.0)
+        logits = (k.transpose(-1, -2) @ v) * self._scale(x, masks.key, k.shape[-1])
         weights = torch.softmax(logits, dim=-1)
         self.emit("channel_attention", weights)
         return self.out_proj(rearrange(q @ weights.transpose(-1, -2), "b g n d -> b n (g d)"))

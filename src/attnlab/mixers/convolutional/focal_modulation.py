@@ -13,7 +13,7 @@ from attnlab.core.catalog import mixers
 from attnlab.core.contract import Mixer
 from attnlab.core.grid import Grid, from_grid, to_grid
 from attnlab.core.info import Supports
-from attnlab.core.masks import zero_masked
+from attnlab.core.masks import Masks, zero_masked
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d)
 
@@ -94,20 +94,17 @@ class FocalModulation(Mixer):
         self,
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m c2"] | None,
-        *,
-        mask: Bool[Tensor, "b n"] | None,
-        context_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid,
     ) -> Float[Tensor, "b n c"]:
         """Contexts level by level, their gated sum, the modulated query."""
         q, level, gates = self.in_proj(x).split([self.dim, self.dim, self.levels + 1], dim=-1)
         grid = self._as_rank(grid)
-        level, total = zero_masked(level, mask), torch.zeros_like(level)
+        level, total = zero_masked(level, masks.query), torch.zeros_like(level)
         for index, kernel in enumerate(self.kernels):
-            level = zero_masked(F.gelu(self._convolve(level, kernel, grid)), mask)
+            level = zero_masked(F.gelu(self._convolve(level, kernel, grid)), masks.query)
             total = total + gates[..., index : index + 1] * level
-        total = total + gates[..., self.levels :] * F.gelu(self._mean(level, mask))
+        total = total + gates[..., self.levels :] * F.gelu(self._mean(level, masks.query))
         if self.normalize:
             total = total / (self.levels + 1)
         modulator = self.modulate(total)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
 from attnlab.core.catalog import mixers
 from attnlab.core.grid import Grid
+from attnlab.core.masks import Masks
 from attnlab.mixers.attention import DENSE, AttentionOptions, CachedAttention
 from attnlab.mixers.parts.counts import key_counts
 from attnlab.ops.attention import attention
@@ -59,17 +60,14 @@ class SigmoidAttention(CachedAttention):
         q: Float[Tensor, "b h n d"],
         k: Float[Tensor, "b hk m d"],
         v: Float[Tensor, "b hk m e"],
-        *,
-        query_mask: Bool[Tensor, "b n"] | None,
-        key_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid | None,
     ) -> Float[Tensor, "b h n e"]:
         """Sigmoid weights over the allowed keys."""
         heat = math.exp(self.log_temperature)
         bias = self.position.bias(q, k.shape[2], causal=self.causal, grid=grid)
         if isinstance(self.logit_bias, str):
-            shift = -key_counts(q, k.shape[2], causal=self.causal, key_mask=key_mask, pair_mask=pair_mask).log()
+            shift = -key_counts(q, k.shape[2], causal=self.causal, key_mask=masks.key, pair_mask=masks.pair).log()
         else:
             shift = q.new_full((1, 1, 1, 1), self.logit_bias)
         bias = shift if bias is None else bias * heat + shift
@@ -80,7 +78,7 @@ class SigmoidAttention(CachedAttention):
             scale=heat * self.head_dim**-0.5,
             bias=bias,
             causal=self.causal,
-            key_mask=key_mask,
-            pair_mask=pair_mask,
+            key_mask=masks.key,
+            pair_mask=masks.pair,
             normalizer="sigmoid",
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from attnlab.core.catalog import mixers
 from attnlab.core.grid import Grid
+from attnlab.core.masks import Masks
 from attnlab.mixers.attention import DENSE, CachedAttention
 from attnlab.ops.attention import attention
 
@@ -31,12 +32,9 @@ class SoftmaxAttention(CachedAttention):
         q: Float[Tensor, "b h n d"],
         k: Float[Tensor, "b hk m d"],
         v: Float[Tensor, "b hk m e"],
-        *,
-        query_mask: Bool[Tensor, "b n"] | None,
-        key_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid | None,
     ) -> Float[Tensor, "b h n e"]:
         """Softmax over the allowed keys."""
         bias = self.position.bias(q, k.shape[2], causal=self.causal, grid=grid)
-        return attention(q, k, v, bias=bias, causal=self.causal, key_mask=key_mask, pair_mask=pair_mask)
+        return attention(q, k, v, bias=bias, causal=self.causal, key_mask=masks.key, pair_mask=masks.pair)

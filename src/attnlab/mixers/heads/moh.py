@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from attnlab.core.catalog import mixers
 from attnlab.core.grid import Grid
+from attnlab.core.masks import Masks
 from attnlab.mixers.attention import DENSE, AttentionOptions, CachedAttention
 from attnlab.mixers.heads.routers import LinearRouter, QueryNormRouter, balance_loss
 from attnlab.mixers.parts.cosine import ScaledCosine
@@ -76,19 +77,16 @@ class MixtureOfHeads(CachedAttention):
         q: Float[Tensor, "b h n d"],
         k: Float[Tensor, "b hk m d"],
         v: Float[Tensor, "b hk m e"],
-        *,
-        query_mask: Bool[Tensor, "b n"] | None,
-        key_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid | None,
     ) -> Float[Tensor, "b h n e"]:
         """Softmax over the allowed keys, all heads."""
         bias = self.position.bias(q, k.shape[2], causal=self.causal, grid=grid)
         scale = None
         if self.cosine is not None:
-            counts = key_counts(q, k.shape[2], causal=self.causal, key_mask=key_mask, pair_mask=pair_mask)
+            counts = key_counts(q, k.shape[2], causal=self.causal, key_mask=masks.key, pair_mask=masks.pair)
             (q, k), scale = self.cosine(q, k, counts), 1.0
-        return attention(q, k, v, scale=scale, bias=bias, causal=self.causal, key_mask=key_mask, pair_mask=pair_mask)
+        return attention(q, k, v, scale=scale, bias=bias, causal=self.causal, key_mask=masks.key, pair_mask=masks.pair)
 
     def weigh_heads(
         self, heads: Float[Tensor, "b h n e"], x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None

@@ -15,6 +15,7 @@ from attnlab.core.catalog import mixers
 from attnlab.core.contract import StreamingMixer
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
+from attnlab.core.masks import Masks
 from attnlab.core.state import State
 from attnlab.mixers.parts.features import elu_plus_one
 from attnlab.mixers.parts.norms import l2_normalize, sum_normalize
@@ -144,14 +145,11 @@ class DeltaNet(StreamingMixer):
         self,
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m c2"] | None,
-        *,
-        mask: Bool[Tensor, "b n"] | None,
-        context_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid,
     ) -> Float[Tensor, "b h n m"]:
         """What the operator makes of identity values: Householder-like products between write and read."""
-        q, k, v, beta, _ = self._project(x, self.begin(x.shape[0], x.device, x.dtype), mask)
+        q, k, v, beta, _ = self._project(x, self.begin(x.shape[0], x.device, x.dtype), masks.query)
         identity = torch.eye(x.shape[1], device=x.device, dtype=v.dtype).expand(*v.shape[:2], -1, -1)
         return delta_rule(q, k, identity, beta)[0]
 

@@ -13,6 +13,7 @@ from attnlab.core.catalog import mixers
 from attnlab.core.contract import StreamingMixer
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
+from attnlab.core.masks import Masks
 from attnlab.core.state import State
 from attnlab.mixers.parts.decay import log_decay
 from attnlab.mixers.parts.lrpe import LRPE
@@ -114,14 +115,11 @@ class LightningAttention(StreamingMixer):
         self,
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m c2"] | None,
-        *,
-        mask: Bool[Tensor, "b n"] | None,
-        context_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid,
     ) -> Float[Tensor, "b h n m"]:
         """What the operator makes of identity values."""
-        q, k, v, _ = self._project(x, mask, torch.zeros(x.shape[0], device=x.device, dtype=torch.int64))
+        q, k, v, _ = self._project(x, masks.query, torch.zeros(x.shape[0], device=x.device, dtype=torch.int64))
         identity = torch.eye(x.shape[1], device=x.device, dtype=v.dtype).expand(*v.shape[:2], -1, -1)
         return linear_attention(q, k, identity, log_decay=self.log_decay)[0]
 

@@ -14,6 +14,7 @@ from attnlab.core.catalog import mixers
 from attnlab.core.contract import StreamingMixer
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
+from attnlab.core.masks import Masks
 from attnlab.core.state import State
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
 from attnlab.mixers.parts.features import elu_plus_one
@@ -78,14 +79,11 @@ class LinearAttention(AttentionMixer, StreamingMixer):
         q: Float[Tensor, "b h n d"],
         k: Float[Tensor, "b hk m d"],
         v: Float[Tensor, "b hk m e"],
-        *,
-        query_mask: Bool[Tensor, "b n"] | None,
-        key_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid | None,
     ) -> Float[Tensor, "b h n e"]:
         """The quotient of the two sums."""
-        return self._quotient(q, k, v, key_mask, None)[0]
+        return self._quotient(q, k, v, masks.key, None)[0]
 
     def begin(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         """Empty sums."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
 from attnlab.core.catalog import mixers
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
+from attnlab.core.masks import Masks
 from attnlab.mixers.attention import AttentionOptions, CachedAttention
 from attnlab.ops.sliding_window import sliding_window_attention
 
@@ -69,14 +70,11 @@ class SlidingWindowAttention(CachedAttention):
         q: Float[Tensor, "b h n d"],
         k: Float[Tensor, "b hk m d"],
         v: Float[Tensor, "b hk m e"],
-        *,
-        query_mask: Bool[Tensor, "b n"] | None,
-        key_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid | None,
     ) -> Float[Tensor, "b h n e"]:
         """Softmax over the window and the sinks."""
-        return sliding_window_attention(q, k, v, left=self.left, right=self.right, num_sinks=self.num_sinks, key_mask=key_mask)
+        return sliding_window_attention(q, k, v, left=self.left, right=self.right, num_sinks=self.num_sinks, key_mask=masks.key)
 
     def trim(self, tensor: Tensor, dim: int) -> Tensor:
         """The sinks and the last w - 1 tokens: all that later queries can reach."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
 from attnlab.core.catalog import mixers
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
+from attnlab.core.masks import Masks
 from attnlab.core.windows import Windows
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
 from attnlab.ops.attention import attention
@@ -57,16 +58,13 @@ class WindowAttention(AttentionMixer):
         q: Float[Tensor, "b h n d"],
         k: Float[Tensor, "b hk m d"],
         v: Float[Tensor, "b hk m e"],
-        *,
-        query_mask: Bool[Tensor, "b n"] | None,
-        key_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid | None,
     ) -> Float[Tensor, "b h n e"]:
         """Softmax inside each window."""
         grid = grid or (q.shape[2],)
         windows = self._windows(grid)
-        real = torch.ones_like(q[:, 0, :, 0], dtype=torch.bool) if key_mask is None else key_mask
+        real = torch.ones_like(q[:, 0, :, 0], dtype=torch.bool) if masks.key is None else masks.key
         allowed = windows.split(real.unsqueeze(-1)).flatten(0, 1).squeeze(-1)
         q, k, v = (
             rearrange(windows.split(rearrange(t, "b h n d -> b n (h d)")), "b w s (h d) -> (b w) h s d", h=t.shape[1])
@@ -79,19 +77,17 @@ class WindowAttention(AttentionMixer):
         self,
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m c2"] | None,
-        *,
-        mask: Bool[Tensor, "b n"] | None,
-        context_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid,
     ) -> Float[Tensor, "b n c"]:
         """Project, attend inside windows, project back."""
         windows = self._windows(grid)
         if self.border == "zero_tokens":
-            real = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
-            mask = windows.pad(real.unsqueeze(-1), value=True).squeeze(-1)
+            real = torch.ones_like(x[..., 0], dtype=torch.bool) if masks.query is None else masks.query
+            real = windows.pad(real.unsqueeze(-1), value=True).squeeze(-1)
+            masks = Masks(real, real)
             x, grid = windows.pad(x), windows.padded
-        y = super().mix(x, None, mask=mask, context_mask=None, pair_mask=None, grid=grid)
+        y = super().mix(x, None, masks, grid)
         return windows.crop(y) if self.border == "zero_tokens" else y
 
     def _windows(self, grid: Grid) -> Windows:

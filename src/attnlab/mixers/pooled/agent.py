@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from attnlab.core.catalog import mixers
 from attnlab.core.grid import Grid, from_grid, to_grid
 from attnlab.core.info import Supports
-from attnlab.core.masks import zero_masked
+from attnlab.core.masks import Masks, zero_masked
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
 from attnlab.mixers.pooled.agent_bias import AgentBias
 from attnlab.mixers.pooled.agents import pool_grid, pool_sequence
@@ -92,17 +92,14 @@ class AgentAttention(AttentionMixer):
         q: Float[Tensor, "b h n d"],
         k: Float[Tensor, "b hk m d"],
         v: Float[Tensor, "b hk m e"],
-        *,
-        query_mask: Bool[Tensor, "b n"] | None,
-        key_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid | None,
     ) -> Float[Tensor, "b h n e"]:
         """Agents read the keys, queries read the agents."""
-        agents, alive = self._agents(q, query_mask, grid)
+        agents, alive = self._agents(q, masks.query, grid)
         bias_k = None if self.key_bias is None else self.key_bias()
         bias_q = None if self.query_bias is None else self.query_bias().transpose(-1, -2)
-        summary = attention(agents, k, v, bias=bias_k, key_mask=key_mask)
+        summary = attention(agents, k, v, bias=bias_k, key_mask=masks.key)
         # Without any key the summaries are zero, and so is what queries read.
         return attention(q, agents, summary, bias=bias_q, key_mask=alive)
 
@@ -110,38 +107,32 @@ class AgentAttention(AttentionMixer):
         self,
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m c2"] | None,
-        *,
-        mask: Bool[Tensor, "b n"] | None,
-        context_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid,
     ) -> Float[Tensor, "b n c"]:
         """Both steps, the local term, the output projection."""
         grid = self._check_grid(grid)
-        source, key_mask = self._source(x, context, mask, context_mask, grid)
+        source, masks = self._source(x, context, masks, grid)
         q, k, v = self.project(x, source)
-        heads = self.attend(q, k, v, query_mask=mask, key_mask=key_mask, pair_mask=None, grid=grid)
-        self.show(q, k, v, heads, query_mask=mask, key_mask=key_mask, pair_mask=None, grid=grid)
+        heads = self.attend(q, k, v, masks, grid)
+        self.show(q, k, v, heads, masks, grid)
         y = rearrange(heads, "b h n d -> b n (h d)")
         if self.dwc is not None and context is None:
-            y = y + self._local(rearrange(v, "b h m d -> b m (h d)"), key_mask, grid)
+            y = y + self._local(rearrange(v, "b h m d -> b m (h d)"), masks.key, grid)
         return self.out_proj(y)
 
     def matrix(
         self,
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m c2"] | None,
-        *,
-        mask: Bool[Tensor, "b n"] | None,
-        context_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid,
     ) -> Float[Tensor, "b h n m"]:
         """The product of the two softmax maps."""
         grid = self._check_grid(grid)
-        source, key_mask = self._source(x, context, mask, context_mask, grid)
+        source, masks = self._source(x, context, masks, grid)
         q, k, _ = self.project(x, source)
-        return self.attend(q, k, self.identity(k), query_mask=mask, key_mask=key_mask, pair_mask=None, grid=grid)
+        return self.attend(q, k, self.identity(k), masks, grid)
 
     def _check_grid(self, grid: Grid) -> Grid:
         if self.bias_grid is None:
@@ -152,20 +143,18 @@ class AgentAttention(AttentionMixer):
             raise self._refusal(f"the grid {grid}", f"its biases were built for bias_grid={tuple(self.bias_grid)}")
         return grid
 
-    def _source(
-        self, x: Tensor, context: Tensor | None, mask: Tensor | None, context_mask: Tensor | None, grid: Grid
-    ) -> tuple[Float[Tensor, "b m c"] | None, Bool[Tensor, "b m"] | None]:
-        if context is not None:
-            return context, context_mask
-        if self.shrink is None or self.shrink_norm is None:
-            return None, mask
+    def _source(self, x: Tensor, context: Tensor | None, masks: Masks, grid: Grid) -> tuple[Float[Tensor, "b m c"] | None, Masks]:
+        """Where keys and values come from if not from x itself, and the masks that go with it."""
+        if context is not None or self.shrink is None or self.shrink_norm is None:
+            return context, masks
         if len(grid) != 2:
             raise self._refusal("reduction on a sequence", "the strided convolution needs a grid of rank 2")
         small = self.shrink_norm(from_grid(self.shrink(to_grid(x, grid))))
-        if mask is None:
-            return small, None
-        real = F.max_pool2d(to_grid(mask.unsqueeze(-1).to(x.dtype), grid), self.reduction, stride=self.reduction)
-        return small, real.flatten(1) > 0
+        if masks.query is None:
+            return small, masks
+        real = to_grid(masks.query.unsqueeze(-1).to(x.dtype), grid)
+        real = F.max_pool2d(real, self.reduction, stride=self.reduction).flatten(1) > 0
+        return small, masks._replace(key=real)
 
     def _agents(
         self, q: Float[Tensor, "b h n d"], mask: Bool[Tensor, "b n"] | None, grid: Grid | None

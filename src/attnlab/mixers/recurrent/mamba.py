@@ -14,6 +14,7 @@ from attnlab.core.catalog import mixers
 from attnlab.core.contract import StreamingMixer
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
+from attnlab.core.masks import Masks
 from attnlab.core.state import State
 from attnlab.mixers.parts.short_convolution import ShortConvolution
 from attnlab.ops.backends import accumulate_dtype
@@ -126,15 +127,12 @@ class Mamba(StreamingMixer):
         self,
         x: Float[Tensor, "b n c"],
         context: Float[Tensor, "b m c2"] | None,
-        *,
-        mask: Bool[Tensor, "b n"] | None,
-        context_mask: Bool[Tensor, "b m"] | None,
-        pair_mask: Bool[Tensor, "#b #h n m"] | None,
+        masks: Masks,
         grid: Grid,
     ) -> Float[Tensor, "b h n m"]:
         """What the scan makes of a unit impulse at each token, channel by channel (b, E, n, n)."""
         b, n = x.shape[:2]
-        _, _, delta, B, C, _ = self._project(x, None, mask)
+        _, _, delta, B, C, _ = self._project(x, None, masks.query)
         impulses = torch.eye(n, device=x.device, dtype=x.dtype)[None, :, :, None].expand(b, n, n, self.inner)
         delta, B, C = (t.repeat_interleave(n, dim=0) for t in (delta, B, C))
         y = selective_scan(impulses.reshape(b * n, n, self.inner), delta, -self.A_log.exp(), B, C, D=self.D)[0]
