@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -54,3 +54,19 @@ def assert_within_budget(fast: Callable, reference: Callable, dtype: torch.dtype
     ):
         budget = factor * max(relative_error(b, exact), torch.finfo(dtype).eps)
         assert relative_error(a, exact) <= budget, f"result {index}: {relative_error(a, exact):.2e} over {budget:.2e}"
+
+
+def outputs_and_gradients(
+    op: Callable[..., Sequence[Tensor]],
+    inputs: Mapping[str, Tensor | None],
+    backend: str,
+    dtype: torch.dtype = torch.float64,
+    **options: object,
+) -> list[Tensor]:
+    """What ``op`` gives for named inputs, and the gradients of those for a fixed random weighting of all results."""
+    leaves = {name: None if x is None else x.detach().to(dtype).requires_grad_() for name, x in inputs.items()}
+    results = op(**leaves, backend=backend, **options)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype) for x in results]
+    grads = torch.autograd.grad(results, [x for x in leaves.values() if x is not None], weights)
+    return [x.detach().double() for x in (*results, *grads)]

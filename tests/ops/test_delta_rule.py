@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 from attnlab.core.errors import BackendUnavailableError, UnknownNameError
 from attnlab.ops.delta_rule import delta_rule
+from ops.oracle import outputs_and_gradients, relative_error
 
 SHAPES = [
     (1, 2, 1, 3, 4),
@@ -28,25 +29,11 @@ def draw(b, h, n, d, e, *, state=True, dtype=torch.float64):
     return {"q": q, "k": normalize(k, dim=-1), "v": v, "beta": beta, "initial_state": initial_state}
 
 
-def outputs_and_gradients(inputs, backend, dtype=torch.float64, **options):
-    """Output, last state, and the gradients of every tensor for a fixed random weighting of both."""
-    leaves = {name: None if x is None else x.detach().to(dtype).requires_grad_() for name, x in inputs.items()}
-    results = delta_rule(**leaves, backend=backend, **options)
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype) for x in results]
-    grads = torch.autograd.grad(results, [x for x in leaves.values() if x is not None], weights)
-    return [x.detach().double() for x in (*results, *grads)]
-
-
-def relative_error(got, expected):
-    return float((got - expected).abs().max() / expected.abs().max())
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_chunks_equal_recurrence_in_values_and_gradients(shape):
     inputs = draw(*shape, state=shape[2] != 33)
-    got = outputs_and_gradients(inputs, "eager", scale=0.7)
-    expected = outputs_and_gradients(inputs, "reference", scale=0.7)
+    got = outputs_and_gradients(delta_rule, inputs, "eager", scale=0.7)
+    expected = outputs_and_gradients(delta_rule, inputs, "reference", scale=0.7)
     assert [relative_error(x, y) < 1e-9 for x, y in zip(got[:2], expected[:2], strict=True)] == [True] * 2
     assert max(relative_error(x, y) for x, y in zip(got[2:], expected[2:], strict=True)) < 1e-8
 
@@ -89,9 +76,9 @@ def test_float32_error_is_that_of_the_formula(keys):
     if keys == "repeated":  # the worst triangular systems: the same key again and again, each time written in full
         inputs["k"] = inputs["k"][:, :, :1].expand_as(inputs["k"])
         inputs["beta"] = torch.ones_like(inputs["beta"])
-    exact = outputs_and_gradients(inputs, "reference")
-    fast = outputs_and_gradients(inputs, "eager", torch.float32)
-    plain = outputs_and_gradients(inputs, "reference", torch.float32)
+    exact = outputs_and_gradients(delta_rule, inputs, "reference")
+    fast = outputs_and_gradients(delta_rule, inputs, "eager", torch.float32)
+    plain = outputs_and_gradients(delta_rule, inputs, "reference", torch.float32)
     budgets = [4 * relative_error(x, y) + 4 * torch.finfo(torch.float32).eps for x, y in zip(plain, exact, strict=True)]
     errors = [relative_error(x, y) for x, y in zip(fast, exact, strict=True)]
     assert all(error <= budget for error, budget in zip(errors, budgets, strict=True)), (errors, budgets)

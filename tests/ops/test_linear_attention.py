@@ -7,6 +7,7 @@ import torch
 
 from attnlab.core.errors import BackendUnavailableError, UnknownNameError
 from attnlab.ops.linear_attention import linear_attention
+from ops.oracle import outputs_and_gradients, relative_error
 
 SHAPES = [
     (1, 2, 1, 3, 4),
@@ -32,26 +33,12 @@ def draw(b, h, n, d, e, *, decay=True, state=True, dtype=torch.float64):
     }
 
 
-def outputs_and_gradients(inputs, backend, dtype=torch.float64, **options):
-    """Output, last state, and the gradients of every tensor for a fixed random weighting of both."""
-    leaves = {name: None if x is None else x.detach().to(dtype).requires_grad_() for name, x in inputs.items()}
-    results = linear_attention(**leaves, backend=backend, **options)
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype) for x in results]
-    grads = torch.autograd.grad(results, [x for x in leaves.values() if x is not None], weights)
-    return [x.detach().double() for x in (*results, *grads)]
-
-
-def relative_error(got, expected):
-    return float((got - expected).abs().max() / expected.abs().max())
-
-
 @pytest.mark.parametrize("decay", [True, False], ids=["decay", "plain"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_chunks_equal_recurrence_in_values_and_gradients(shape, decay):
     inputs = draw(*shape, decay=decay, state=shape[2] != 65)
-    got = outputs_and_gradients(inputs, "eager", scale=0.7)
-    expected = outputs_and_gradients(inputs, "reference", scale=0.7)
+    got = outputs_and_gradients(linear_attention, inputs, "eager", scale=0.7)
+    expected = outputs_and_gradients(linear_attention, inputs, "reference", scale=0.7)
     assert [relative_error(x, y) < 1e-9 for x, y in zip(got[:2], expected[:2], strict=True)] == [True] * 2
     assert max(relative_error(x, y) for x, y in zip(got[2:], expected[2:], strict=True)) < 1e-8
 
@@ -59,8 +46,8 @@ def test_chunks_equal_recurrence_in_values_and_gradients(shape, decay):
 def test_not_causal_equals_sum_over_all_keys():
     inputs = draw(2, 3, 17, 4, 5, decay=False)
     inputs["k"], inputs["v"] = (torch.randn(2, 3, 29, width, dtype=torch.float64) for width in (4, 5))
-    got = outputs_and_gradients(inputs, "eager", causal=False, scale=0.3)
-    expected = outputs_and_gradients(inputs, "reference", causal=False, scale=0.3)
+    got = outputs_and_gradients(linear_attention, inputs, "eager", causal=False, scale=0.3)
+    expected = outputs_and_gradients(linear_attention, inputs, "reference", causal=False, scale=0.3)
     assert max(relative_error(x, y) for x, y in zip(got, expected, strict=True)) < 1e-9
 
 
@@ -86,9 +73,9 @@ def test_pieces_with_the_state_handed_on_equal_one_pass(splits):
 @pytest.mark.parametrize("decay", [True, False], ids=["decay", "plain"])
 def test_float32_error_is_that_of_the_formula(decay):
     inputs = draw(1, 4, 700, 16, 16, decay=decay)
-    exact = outputs_and_gradients(inputs, "reference")
-    fast = outputs_and_gradients(inputs, "eager", torch.float32)
-    plain = outputs_and_gradients(inputs, "reference", torch.float32)
+    exact = outputs_and_gradients(linear_attention, inputs, "reference")
+    fast = outputs_and_gradients(linear_attention, inputs, "eager", torch.float32)
+    plain = outputs_and_gradients(linear_attention, inputs, "reference", torch.float32)
     budgets = [4 * relative_error(x, y) + 4 * torch.finfo(torch.float32).eps for x, y in zip(plain, exact, strict=True)]
     errors = [relative_error(x, y) for x, y in zip(fast, exact, strict=True)]
     assert all(error <= budget for error, budget in zip(errors, budgets, strict=True)), (errors, budgets)
