@@ -68,6 +68,10 @@ def test_agent_refuses() -> None:
     ("name", "options", "message"),
     [
         ("agent", {"num_agents": 0}, "num_agents"),
+        ("agent", {"num_kv_heads": 1}, "num_kv_heads"),
+        ("agent", {"head_dim": 8}, "head_dim"),
+        ("agent", {"position": "alibi"}, "position"),
+        ("agent", {"class_token": True, "reduction": 2}, "reduction"),
     ],
 )
 def test_bad_options(name, options, message) -> None:

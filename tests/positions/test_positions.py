@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnlab import Tokens, UnknownNameError, create_mixer
+from attnlab import Tokens, UnknownNameError, UnsupportedError, create_mixer
 from attnlab.positions import create_position, positions
 from attnlab.positions.alibi import alibi_slopes
 from attnlab.positions.convolutional import ConvolutionalPosition
@@ -99,6 +99,13 @@ def test_every_position_is_taken_by_name(name) -> None:
     assert torch.isfinite(y).all()
     moved = mixer(x.flip(1), grid=(2, 3)).flip(1)
     assert torch.allclose(moved, y, atol=1e-6) == (name in ("none", "alibi"))  # those two see no direction
+
+
+@pytest.mark.parametrize("name", ["rotary", "alibi", "relative"])
+def test_two_sequences_have_no_common_positions(name) -> None:
+    mixer = create_mixer("softmax", 16, 2, position=name)
+    with pytest.raises(UnsupportedError, match="no common positions"):
+        mixer(torch.randn(1, 3, 16), torch.randn(1, 5, 16))
 
 
 def test_log_cpb_needs_its_grid() -> None:

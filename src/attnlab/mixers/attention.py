@@ -62,7 +62,7 @@ class AttentionMixer(Mixer):
         qkv_bias: biases in the three input projections.
         out_bias: bias in the output projection.
         qk_norm: "none", or "layer_norm" over the width of each query and key head, before positions.
-        position: name of a registered position, applied in self-attention.
+        position: name of a registered position, for self-attention alone.
         position_options: the position's own options.
         device: of the parameters.
         dtype: of the parameters.
@@ -102,6 +102,7 @@ class AttentionMixer(Mixer):
             raise ValueError(f"qk_norm: expected 'none' or 'layer_norm', got {qk_norm!r}")
         norm = nn.LayerNorm if qk_norm == "layer_norm" else nn.Identity
         self.q_norm, self.k_norm = norm(self.head_dim, **place), norm(self.head_dim, **place)
+        self.position_name = position
         self.position = create_position(position, num_heads, self.head_dim, position_options).to(**place)
 
     def attend(
@@ -125,6 +126,8 @@ class AttentionMixer(Mixer):
         self, x: Float[Tensor, "b n c"], context: Tensor | None = None, start: Tensor | int = 0
     ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b hk m d"], Float[Tensor, "b hk m d"]]:
         """Queries, keys and values, with positions in queries and keys in self-attention; ``start`` is x's first position."""
+        if context is not None and self.position_name != "none":
+            raise self._refusal(f"context with position={self.position_name!r}", "two sequences have no common positions")
         source = x if context is None else context
         q = self.q_norm(rearrange(self.q_proj(x), "b n (h d) -> b h n d", h=self.num_heads))
         k = self.k_norm(rearrange(self.k_proj(source), "b m (h d) -> b h m d", h=self.num_kv_heads))

@@ -68,9 +68,9 @@ class LinearAttention(AttentionMixer, StreamingMixer):
             raise ValueError(f"feature_map: expected one of {sorted(FEATURE_MAPS)}, got {feature_map!r}")
         if self.num_kv_heads != num_heads:
             raise ValueError(f"num_kv_heads: expected {num_heads} (every head keeps its own sum), got {self.num_kv_heads}")
-        if options.get("position", "none") != "none":
+        if self.position_name != "none":
             raise ValueError(
-                f"position: expected 'none' (a rotation can make the denominator vanish), got {options.get('position')!r}"
+                f"position: expected 'none' (a rotation can make the denominator vanish), got {self.position_name!r}"
             )
         self.feature_map = feature_map
 

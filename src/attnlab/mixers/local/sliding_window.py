@@ -57,9 +57,9 @@ class SlidingWindowAttention(CachedAttention):
             raise ValueError(f"window: expected at least 1, got {window}")
         if num_sinks < 0:
             raise ValueError(f"num_sinks: expected at least 0, got {num_sinks}")
-        if options.get("position", "none") not in ("none", "rotary"):
+        if self.position_name not in ("none", "rotary"):
             raise ValueError(
-                f"position: expected 'none' or 'rotary', got {options.get('position')!r}; a bias has no place in the window"
+                f"position: expected 'none' or 'rotary', got {self.position_name!r}; a bias has no place in the window"
             )
         self.window, self.num_sinks = window, num_sinks
         self.left = window - 1 if self.causal else window // 2

@@ -49,8 +49,8 @@ class WindowAttention(AttentionMixer):
             raise ValueError(f"window: expected at least 1, got {window}")
         if border not in ("masked", "zero_tokens"):
             raise ValueError(f"border: expected 'masked' or 'zero_tokens', got {border!r}")
-        if options.get("position", "none") != "none":
-            raise ValueError(f"position: expected 'none', got {options.get('position')!r}")
+        if self.position_name != "none":
+            raise ValueError(f"position: expected 'none', got {self.position_name!r}")
         self.window, self.border = window, border
 
     def attend(

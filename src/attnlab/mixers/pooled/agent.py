@@ -53,7 +53,7 @@ class AgentAttention(AttentionMixer):
 
     Raises:
         UnsupportedError: with ``causal=True`` (agents pool over the future), and for a grid other than ``bias_grid``.
-        ValueError: for agents that are no square on a 2-D grid.
+        ValueError: for agents that are no square on a 2-D grid, grouped or resized heads, or a position.
 
     Differs from the paper: on a sequence agents are means of adaptive segments of the real tokens.
     """
@@ -73,6 +73,10 @@ class AgentAttention(AttentionMixer):
         super().__init__(dim, num_heads, **options)
         if num_agents < 1 or reduction < 1:
             raise ValueError(f"num_agents, reduction: expected at least 1, got {num_agents} and {reduction}")
+        if self.num_kv_heads != num_heads or self.num_heads * self.head_dim != dim:
+            raise ValueError("num_kv_heads, head_dim: expected the defaults, since DWC and the pooling take all dim channels")
+        if self.position_name != "none":
+            raise ValueError(f"position: expected 'none', got {self.position_name!r}; bias_grid gives the authors' biases")
         if class_token and reduction > 1:
             raise ValueError(f"reduction: expected 1 with class_token=True, got {reduction}")
         place: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
