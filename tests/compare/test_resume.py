@@ -10,7 +10,10 @@ import sys
 import time
 
 import pytest
+import torch
 
+from attnlab.compare import compare
+from attnlab.compare import run as run_module
 from attnlab.compare.ledger import Ledger
 from attnlab.compare.run import LEDGER, REPORT
 
@@ -91,3 +94,18 @@ def test_two_runs_share_a_ledger(tmp_path):
     with Ledger(tmp_path / LEDGER) as ledger:
         counts = collections.Counter(event["kind"] for event in ledger.events())
     assert counts == {"claimed": 36, "finished": 36}
+
+
+def test_a_run_reports_itself_when_another_has_just_begun(tmp_path, monkeypatch):
+    execute = run_module._execute
+
+    def and_another_begins(ledger, *rest):
+        execute(ledger, *rest)
+        ledger.open_run(ledger.runs()[-1]["facts"])  # in another process: it has no cells yet
+
+    monkeypatch.setattr(run_module, "_execute", and_another_begins)
+    threads = torch.get_num_threads()
+    found = compare("smoke", tmp_path, mixers=["softmax"], tasks=["recall"], workers=0, timing=False)
+    torch.set_num_threads(threads)
+    assert found.ok
+    assert found.rows

@@ -103,11 +103,12 @@ def compare(
         workers=workers,
     )
     folder = Path(out) if out is not None else Path("runs") / chosen.name
-    _run(chosen, folder, fresh, console, command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
-    return make_report(folder / LEDGER, folder, citations=citations)
+    run = _run(chosen, folder, fresh, console, command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    return make_report(folder / LEDGER, folder, run=run, citations=citations)
 
 
-def _run(suite: Suite, folder: Path, fresh: bool, console: Console | None, command: str) -> None:
+def _run(suite: Suite, folder: Path, fresh: bool, console: Console | None, command: str) -> int:
+    """Do what is left of the suite; returns the run's number, for another process may have opened a later one meanwhile."""
     machine = machine_facts()
     plan = Plan(suite, machine)  # before an earlier ledger is touched: this is where a wrong suite is refused
     workers = min(suite.workers, available_cores())
@@ -118,6 +119,7 @@ def _run(suite: Suite, folder: Path, fresh: bool, console: Console | None, comma
         ledger.add(run, plan.ready([]))
         ledger.retry_failed(run)
         _execute(ledger, run, plan, workers, console)
+    return run
 
 
 def _refuse_in_a_worker() -> None:
