@@ -6,34 +6,33 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 
 import pytest
 import torch
 
+from golden import adapters
 from golden.recording import FOLDER, Recording, in_float32, recordings
 
-# slug of the paper: what its recordings establish
-ADAPTERS = {
-    "agent-attention": ("mixer:agent",),
-    "deltanet": ("mixer:delta_net",),
-    "lightning-attention-2": ("mixer:lightning",),
-    "transnormer-lightning": ("mixer:transnormer",),
-    "mamba": ("mixer:mamba",),
-    "moh": ("mixer:moh",),
-    "sigmoid-attention": ("mixer:sigmoid",),
-    "davit": ("mixer:channel_group", "mixer:window"),
-    "focalnet": ("mixer:focal_modulation",),
-    "metaformer-poolformer": ("mixer:pooling",),
-}
+def _proofs() -> dict[str, tuple[str, ...]]:
+    """Slug of each paper with an adapter, and the entries that its recordings establish: the adapter's ``PROVES``."""
+    found = {}
+    for module in pkgutil.iter_modules(adapters.__path__):
+        adapter = importlib.import_module(f"golden.adapters.{module.name}")
+        found[module.name.replace("_", "-")] = adapter.PROVES
+    return found
+
+
+PROOFS = _proofs()
 CASES = [
     pytest.param(recording, id=f"{slug}/{recording.name}", marks=pytest.mark.tier("T3", *names))
-    for slug, names in ADAPTERS.items()
+    for slug, names in PROOFS.items()
     for recording in recordings(slug)
 ]
 
 
 def test_there_are_recordings() -> None:
-    assert CASES, f"no recording of {sorted(ADAPTERS)} in {FOLDER}"
+    assert CASES, f"no recording of {sorted(PROOFS)} in {FOLDER}"
 
 
 @pytest.mark.parametrize("recording", CASES)

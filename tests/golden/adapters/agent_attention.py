@@ -9,6 +9,8 @@ from torch import Tensor
 from attnlab import create_mixer
 from golden.recording import Recording, fill, renamed, rows
 
+PROVES = ("mixer:agent",)
+
 _PLACES = {
     "an_bias": ("key_bias", "block"),
     "ah_bias": ("key_bias", "rows"),

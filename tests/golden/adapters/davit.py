@@ -14,6 +14,8 @@ from attnlab.models.block import Block
 from attnlab.positions.convolutional import ConvolutionalPosition
 from golden.recording import Recording, fill, renamed, rows
 
+PROVES = ("mixer:channel_group", "mixer:window")
+
 
 class _DualPart(nn.Module):
     """Convolutional position, then a block with another one in its middle."""

@@ -8,6 +8,8 @@ from attnlab import create_mixer
 from attnlab.ops.delta_rule import delta_rule
 from golden.recording import Recording, fill, renamed
 
+PROVES = ("mixer:delta_net",)
+
 
 def _op(recording: Recording) -> dict[str, Tensor]:
     leaves = {name: recording.leaf(f"in/{name}") for name in ("q", "k", "v", "beta")}

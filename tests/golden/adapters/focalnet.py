@@ -9,6 +9,8 @@ from torch import Tensor
 from attnlab import create_mixer, record
 from golden.recording import Recording, fill, renamed
 
+PROVES = ("mixer:focal_modulation",)
+
 
 def _flag(text: str, name: str) -> bool:
     return re.search(rf"{name}\s*=\s*True", text) is not None

@@ -9,6 +9,8 @@ from attnlab.mixers.parts.decay import log_decay
 from attnlab.ops.linear_attention import linear_attention
 from golden.recording import Recording
 
+PROVES = ("mixer:lightning",)
+
 
 def run(recording: Recording) -> dict[str, Tensor]:
     heads = recording["in/q"].shape[1]

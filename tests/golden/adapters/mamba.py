@@ -8,6 +8,8 @@ from attnlab import create_mixer
 from attnlab.ops.selective_scan import selective_scan
 from golden.recording import Recording, fill, renamed
 
+PROVES = ("mixer:mamba",)
+
 
 def _tokens_first(x: Tensor) -> Tensor:
     return x.transpose(-1, -2) if x.dim() == 3 else x.permute(0, 3, 1, 2) if x.dim() == 4 else x

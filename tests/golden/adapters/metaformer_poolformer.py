@@ -10,6 +10,8 @@ from attnlab.core.grid import from_grid, to_grid
 from attnlab.models.block import Block
 from golden.recording import Recording, fill, renamed
 
+PROVES = ("mixer:pooling",)
+
 
 def run(recording: Recording) -> dict[str, Tensor]:
     config, weights = recording.config, recording.parameters()

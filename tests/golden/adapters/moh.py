@@ -7,6 +7,8 @@ from torch import Tensor
 from attnlab import create_mixer, record
 from golden.recording import Recording, fill, renamed, rows
 
+PROVES = ("mixer:moh",)
+
 
 def _run(recording: Recording, name: str, config: dict) -> dict[str, Tensor]:
     dim, heads, shared, active = config["dim"], config["num_heads"], config["shared_head"], config["routed_head"]

@@ -9,6 +9,8 @@ from attnlab import create_mixer
 from attnlab.ops.attention import attention
 from golden.recording import Recording, fill, renamed, rows
 
+PROVES = ("mixer:sigmoid",)
+
 
 def _pairs(recording: Recording, config: dict, offset: Tensor, n: int) -> Tensor:
     """(b, 1, n, m): causality and window relative to each example's own last key, as the reference kernel aligns them."""

@@ -8,6 +8,8 @@ from torch import Tensor
 from attnlab import create_mixer
 from golden.recording import Recording, fill, renamed
 
+PROVES = ("mixer:transnormer",)
+
 
 def run(recording: Recording) -> dict[str, Tensor]:
     config, weights = recording.config, recording.parameters()
