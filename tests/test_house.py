@@ -17,7 +17,7 @@ MAX_FILE, MAX_FUNCTION, MEDIAN_FILE = 400, 60, 130
 FLOORS = (
     {"core"},
     {"ops"},
-    {"positions"},
+    {"positions", "modifiers"},
     {"mixers"},
     {"channel_mixers", "reducers"},
     {"models"},

@@ -23,13 +23,17 @@ from attnlab.core.tokens import Tokens
 
 if TYPE_CHECKING:
     from attnlab.checking import check
+    from attnlab.modifiers import apply_modifier, list_modifiers, modifier_info
     from attnlab.ops.backends import explain_backend, use_backend
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "apply_modifier": "attnlab.modifiers",
     "check": "attnlab.checking",
     "explain_backend": "attnlab.ops.backends",
+    "list_modifiers": "attnlab.modifiers",
+    "modifier_info": "attnlab.modifiers",
     "use_backend": "attnlab.ops.backends",
 }
 
@@ -46,11 +50,14 @@ __all__ = [
     "Tokens",
     "UnknownNameError",
     "UnsupportedError",
+    "apply_modifier",
     "check",
     "create_mixer",
     "explain_backend",
     "list_mixers",
+    "list_modifiers",
     "mixer_info",
+    "modifier_info",
     "record",
     "use_backend",
 ]

@@ -22,7 +22,7 @@ from attnlab.core.registry import all_registries
 from attnlab.papers import papers
 from attnlab.papers.coverage import coverage
 
-KINDS = ("mixer", "position", "channel_mixer", "model", "task")
+KINDS = ("mixer", "position", "modifier", "channel_mixer", "model", "task")
 
 
 def run(*arguments: str, code: int = 0) -> str:

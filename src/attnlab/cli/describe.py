@@ -133,6 +133,8 @@ def example(entry: Entry[Any]) -> str:
         needed = {"dim": 64} | heads | causal | dict(info.example)
         return f"attnlab.create_mixer({_call(entry.name, needed)})"
     module = registry(info.kind).package
+    if info.kind == "modifier":
+        return f'{module}.apply_modifier(..., "{entry.name}")'
     return f"{module}.create_{info.kind}({_call(entry.name, needed)})"
 
 

@@ -29,7 +29,7 @@ _CODE = re.compile(r"(`+)(.+?)\1")
 
 def info_command(
     name: Annotated[str, typer.Argument(help="A name that `attnlab list` gives.")],
-    kind: Annotated[str | None, typer.Option(help="Where to look: mixer, position, channel_mixer, model or task.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Where to look: one of the kinds that `attnlab list` takes.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Explain one mechanism: equation, options, promises, proofs, paper.

@@ -1,0 +1,18 @@
+r"""What an attention map says of itself: entropy and its bound, concentration, head diversity, sink and local focus.
+
+Maps are $A \in \mathbb{R}^{b \times h \times n \times m}$, rows the weights of one query, not negative. Masks are True at real
+tokens; masked queries, masked keys and rows without any weight are left out of every mean. The last query stands at the last key.
+"""
+
+from __future__ import annotations
+
+from attnlab.ops.maps.indicators import (
+    attention_entropy,
+    concentration,
+    entropy_lower_bound,
+    head_diversity,
+    local_focus,
+    sink,
+)
+
+__all__ = ["attention_entropy", "concentration", "entropy_lower_bound", "head_diversity", "local_focus", "sink"]
