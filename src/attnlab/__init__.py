@@ -25,15 +25,19 @@ if TYPE_CHECKING:
     from attnlab.checking import check
     from attnlab.modifiers import apply_modifier, list_modifiers, modifier_info
     from attnlab.ops.backends import explain_backend, use_backend
+    from attnlab.reducers import create_reducer, list_reducers, reducer_info
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "apply_modifier": "attnlab.modifiers",
     "check": "attnlab.checking",
+    "create_reducer": "attnlab.reducers",
     "explain_backend": "attnlab.ops.backends",
     "list_modifiers": "attnlab.modifiers",
+    "list_reducers": "attnlab.reducers",
     "modifier_info": "attnlab.modifiers",
+    "reducer_info": "attnlab.reducers",
     "use_backend": "attnlab.ops.backends",
 }
 
@@ -53,12 +57,15 @@ __all__ = [
     "apply_modifier",
     "check",
     "create_mixer",
+    "create_reducer",
     "explain_backend",
     "list_mixers",
     "list_modifiers",
+    "list_reducers",
     "mixer_info",
     "modifier_info",
     "record",
+    "reducer_info",
     "use_backend",
 ]
 

@@ -15,6 +15,7 @@ import attnlab
 import attnlab.channel_mixers
 import attnlab.models
 import attnlab.positions
+import attnlab.reducers
 import attnlab.tasks
 from attnlab.cli.app import COMMANDS, app
 from attnlab.cli.describe import cost_text, example, find
@@ -22,7 +23,7 @@ from attnlab.core.registry import all_registries
 from attnlab.papers import papers
 from attnlab.papers.coverage import coverage
 
-KINDS = ("mixer", "position", "modifier", "channel_mixer", "model", "task")
+KINDS = ("mixer", "position", "modifier", "channel_mixer", "reducer", "model", "task")
 
 
 def run(*arguments: str, code: int = 0) -> str:
