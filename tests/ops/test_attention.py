@@ -1,4 +1,4 @@
-"""Dense attention: SDPA and blocks of queries against the formula."""
+"""Dense attention: SDPA and blocks of queries, with every slot, against the formula."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attnlab import UnknownNameError
-from attnlab.ops.attention import NORMALIZERS, attention
+from attnlab.ops.attention import NORMALIZERS, ClippedSoftmax, Pairwise, TopKSoftmax, attention
 from ops.oracle import assert_equal_in_float64, assert_within_budget
 
 
@@ -40,10 +40,44 @@ def test_all_masks_together(normalizer, causal, n, m) -> None:
         assert_equal_in_float64(fast, slow, *_inputs(n=n, m=m), torch.randn(1, 4, n, m))
 
 
-@pytest.mark.parametrize("normalizer", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("normalizer", [*sorted(NORMALIZERS), ClippedSoftmax(-0.2, 1.1), TopKSoftmax(3)])
 def test_more_queries_than_a_block(normalizer) -> None:
     fast, slow = _both(causal=True, normalizer=normalizer, key_mask=torch.rand(1, 300) > 0.2)
-    assert_equal_in_float64(fast, slow, *_inputs(b=1, h=2, hk=1, n=300, m=300))
+    assert_equal_in_float64(fast, slow, *_inputs(b=1, h=2, hk=1, n=300, m=300), torch.randn(1, 2, 300, 300))
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid", ClippedSoftmax(-0.05)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("b", "n", "m"), [(2, 1, 1), (2, 1, 5), (3, 7, 7), (2, 4, 9), (2, 9, 4), (1, 280, 270)])
+def test_terms_by_offset(normalizer, causal, b, n, m) -> None:
+    rows, key_mask = n + m - 1, torch.rand(b, m) > 0.2
+
+    def form(backend):
+        def function(q, k, v, offsets, keys, dense, factor, factor_offsets):
+            bias, weight = Pairwise(dense, offsets, keys), Pairwise(factor, factor_offsets)
+            options = {"causal": causal, "key_mask": key_mask, "normalizer": normalizer, "backend": backend}
+            return attention(q, k, v, bias=bias, factor=weight, **options)
+
+        return function
+
+    tables = torch.randn(4, rows), torch.randn(1, rows, 5), torch.randn(1, 4, 1, m), torch.rand(1, 1, n, m), torch.randn(4, rows)
+    assert_equal_in_float64(form("eager"), form("reference"), *_inputs(b=b, n=n, m=m), *tables)
+
+
+def test_rows_by_offset_run_from_the_first_key_of_the_last_query() -> None:
+    q, k, eye = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 3, 4), torch.eye(3)[None, None]
+    weights = attention(q, k, eye, bias=Pairwise(offsets=torch.arange(4.0)[None]), normalizer="identity")
+    assert weights[0, 0].tolist() == [[1.0, 2.0, 3.0], [0.0, 1.0, 2.0]]
+
+
+def test_what_normalisers_are_for() -> None:
+    q, k, eye = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 4, 4), torch.eye(4)[None, None]
+    bias = torch.tensor([[-30.0, -31.0, -30.5, -29.0]])[None, None]
+    assert float(attention(q, k, eye, bias=bias, normalizer="softmax_plus_one").sum()) < 1e-12
+    spread = torch.tensor([[0.0, 4.0, 8.0, 8.1]])[None, None]
+    clipped = attention(q, k, eye, bias=spread, normalizer=ClippedSoftmax(-0.03))[0, 0, 0]
+    assert (clipped[:2] == 0).all() and (clipped[2:] > 0.4).all()
+    assert int((attention(q, k, eye, normalizer=TopKSoftmax(2)) > 0).sum()) == 2  # all logits tie
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -95,5 +129,13 @@ def test_bad_input() -> None:
         attention(q, k[..., :3], v)
     with pytest.raises(UnknownNameError, match="did you mean 'softmax'"):
         attention(q, k, v, normalizer="softmx")
+    with pytest.raises(ValueError, match="gamma: expected at most 0"):
+        ClippedSoftmax(0.1)
+    with pytest.raises(ValueError, match="k: expected a positive integer"):
+        TopKSoftmax(0)
+    with pytest.raises(ValueError, match=r"bias\.offsets: expected n \+ m - 1 = 13 rows"):
+        attention(q, k, v, bias=Pairwise(offsets=torch.zeros(4, 12)))
+    with pytest.raises(ValueError, match=r"factor\.keys: expected None"):
+        attention(q, k, v, factor=Pairwise(keys=torch.zeros(4, 13, 5)))
     with pytest.raises(UnknownNameError, match="did you mean 'eager'"):
         attention(q, k, v, backend="eagre")

@@ -2,7 +2,7 @@ r"""Dense attention with slots: independent sources, grouped keys and values, sc
 
 For query $q_i$, keys $k_j$ and values $v_j$ of one head,
 
-$$o_i = \sum_j w_{ij} v_j, \qquad w_i = \mathrm{normalizer}_j(s\, q_i^\top k_j + b_{ij}) ,$$
+$$o_i = \sum_j c_{ij} w_{ij} v_j, \qquad w_i = \mathrm{normalizer}_j(s\, q_i^\top k_j + b_{ij}) ,$$
 
 over the pairs that all masks allow. Pairs that are not allowed have weight 0, a query without any key gives exactly 0.
 """
@@ -12,14 +12,14 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attnlab.core.errors import UnknownNameError, nearest
 from attnlab.ops.attention import eager, reference
-from attnlab.ops.attention.normalizers import NORMALIZERS
+from attnlab.ops.attention.normalizers import NORMALIZERS, ClippedSoftmax, Normalizer, TopKSoftmax, create_normalizer
+from attnlab.ops.attention.pairwise import Pairwise, check_pairwise
 from attnlab.ops.backends import Op
 
 ATTENTION = Op("attention", {"reference": reference.attention, "eager": eager.attention})
 
-__all__ = ["ATTENTION", "NORMALIZERS", "attention"]
+__all__ = ["ATTENTION", "NORMALIZERS", "ClippedSoftmax", "Normalizer", "Pairwise", "TopKSoftmax", "attention"]
 
 
 def attention(
@@ -28,11 +28,12 @@ def attention(
     v: Float[Tensor, "b hk m e"],
     *,
     scale: float | None = None,
-    bias: Float[Tensor, "#b #h #n #m"] | None = None,
+    bias: Float[Tensor, "#b #h #n #m"] | Pairwise | None = None,
+    factor: Float[Tensor, "#b #h #n #m"] | Pairwise | None = None,
     causal: bool = False,
     key_mask: Bool[Tensor, "b m"] | None = None,
     pair_mask: Bool[Tensor, "#b #h n m"] | None = None,
-    normalizer: str = "softmax",
+    normalizer: str | Normalizer = "softmax",
     backend: str = "auto",
 ) -> Float[Tensor, "b h n e"]:
     """Attention of every query over the keys it may use.
@@ -42,12 +43,15 @@ def attention(
         k: keys (b, hk, m, d); ``hk`` divides ``h`` and query head ``i`` reads key head ``i // (h / hk)``, nothing is repeated.
         v: values (b, hk, m, e).
         scale: factor of the products; by default d ** -0.5.
-        bias: added to the scaled products, broadcastable to (b, h, n, m).
+        bias: $b$, added to the scaled products: broadcastable to (b, h, n, m), or stored by offset (`Pairwise`).
+        factor: $c$, multiplies the weights after the normaliser, likewise; rows are not normalised again.
         causal: key j is allowed for query i if j <= i + m - n, so that the last query sees every key.
         key_mask: (b, m), True marks a key that may be used.
         pair_mask: (b or 1, h or 1, n, m), True: this query may use this key.
-        normalizer: "softmax", or element-wise "sigmoid", "relu", "identity".
-        backend: "auto", "reference" (the formula) or "eager" (SDPA for softmax, blocks of queries for element-wise normalisers).
+        normalizer: a name out of `NORMALIZERS` or a `Normalizer` with its constants. Over rows: "softmax", "softmax_plus_one",
+            "clipped_softmax", "top_k_softmax"; element by element: "sigmoid", "tanh", "relu", "identity".
+        backend: "auto", "reference" (the formula) or "eager": SDPA where it has the slots, blocks of queries otherwise, with no
+            n x m tensor in either direction.
 
     Raises:
         ValueError: for shapes that do not fit.
@@ -62,11 +66,24 @@ def attention(
         raise ValueError(f"k, v: expected shapes (b, hk, m, d) and (b, hk, m, e) for q {tuple(q.shape)}, got {shapes}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"k: expected a number of heads that divides the {q.shape[1]} of q, got {k.shape[1]}")
-    if normalizer not in NORMALIZERS:
-        raise UnknownNameError(
-            f"normalizer: expected one of {sorted(NORMALIZERS)}, got {normalizer!r}{nearest(normalizer, NORMALIZERS)}"
-        )
+    if isinstance(normalizer, str):
+        normalizer = create_normalizer(normalizer)
+    bias, factor = Pairwise.of(bias), Pairwise.of(factor)
+    shape = (*q.shape[:3], k.shape[2])
+    check_pairwise("bias", bias, shape, q.shape[3])
+    check_pairwise("factor", factor, shape, None)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     run = ATTENTION(backend, q)
-    return run(q, k, v, scale=scale, bias=bias, causal=causal, key_mask=key_mask, pair_mask=pair_mask, normalizer=normalizer)
+    return run(
+        q,
+        k,
+        v,
+        scale=scale,
+        bias=bias,
+        factor=factor,
+        causal=causal,
+        key_mask=key_mask,
+        pair_mask=pair_mask,
+        normalizer=normalizer,
+    )

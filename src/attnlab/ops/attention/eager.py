@@ -1,4 +1,4 @@
-"""Dense attention by PyTorch's SDPA for softmax, and by blocks of queries for element-wise normalisers."""
+"""Dense attention by PyTorch's SDPA where it has the slots, otherwise by blocks of queries."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnlab.core.masks import allowed_pairs
-from attnlab.ops.attention.elementwise import elementwise_attention
-from attnlab.ops.attention.normalizers import NORMALIZERS
+from attnlab.ops.attention.blockwise import blockwise_attention
+from attnlab.ops.attention.normalizers import Normalizer
+from attnlab.ops.attention.pairwise import Pairwise
 
 
 def attention(
@@ -18,32 +19,42 @@ def attention(
     v: Float[Tensor, "b hk m e"],
     *,
     scale: float,
-    bias: Float[Tensor, "#b #h #n #m"] | None,
+    bias: Pairwise,
+    factor: Pairwise,
     causal: bool,
     key_mask: Bool[Tensor, "b m"] | None,
     pair_mask: Bool[Tensor, "#b #h n m"] | None,
-    normalizer: str,
+    normalizer: Normalizer,
 ) -> Float[Tensor, "b h n e"]:
     """The fast path; see `attnlab.ops.attention.attention`."""
     n, m = q.shape[2], k.shape[2]
     causal = causal and n > 1  # the last query sees every key, so one query needs no mask
-    if NORMALIZERS[normalizer].elementwise:
-        return elementwise_attention(
-            q, k, v, scale=scale, bias=bias, causal=causal, key_mask=key_mask, pair_mask=pair_mask, normalizer=normalizer
+    # SDPA has no gradient of a mask but through all n x m weights.
+    learned = bias.dense is not None and bias.dense.requires_grad and torch.is_grad_enabled()
+    if normalizer.name != "softmax" or bias.by_offset or factor != Pairwise() or learned:
+        return blockwise_attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            bias=bias,
+            factor=factor,
+            causal=causal,
+            key_mask=key_mask,
+            pair_mask=pair_mask,
+            normalizer=normalizer,
         )
-    if key_mask is not None and causal and n == m and bias is None and pair_mask is None:
-        return _causal_with_key_mask(q, k, v, key_mask, scale)
-    if causal and n == m and bias is None and pair_mask is None and key_mask is None:
-        return _sdpa(q, k, v, scale=scale, is_causal=True)
+    if causal and n == m and bias.dense is None and pair_mask is None:
+        return (
+            _sdpa(q, k, v, scale=scale, is_causal=True) if key_mask is None else _causal_with_key_mask(q, k, v, key_mask, scale)
+        )
+    dense = None if bias.dense is None else bias.dense.to(q.dtype)
     allowed = allowed_pairs(n, m, causal=causal, key_mask=key_mask, pair_mask=pair_mask, device=q.device)
     if allowed is None:
-        return _sdpa(q, k, v, scale=scale, bias=None if bias is None else bias.to(q.dtype))
+        return _sdpa(q, k, v, scale=scale, bias=dense)
     empty = ~allowed.any(dim=-1, keepdim=True)
     usable = allowed | empty  # an empty row is computed over all keys and then zeroed, so that no NaN arises
-    if bias is None:
-        out = _sdpa(q, k, v, scale=scale, bias=usable)
-    else:
-        out = _sdpa(q, k, v, scale=scale, bias=bias.to(q.dtype).masked_fill(~usable, float("-inf")))
+    out = _sdpa(q, k, v, scale=scale, bias=usable if dense is None else dense.masked_fill(~usable, float("-inf")))
     return out.masked_fill(empty, 0.0)
 
 

@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnlab.core.masks import allowed_pairs
-from attnlab.ops.attention.normalizers import NORMALIZERS, masked_weights
+from attnlab.ops.attention.normalizers import Normalizer, masked_weights
+from attnlab.ops.attention.pairwise import Pairwise
 
 
 def attention(
@@ -17,18 +18,24 @@ def attention(
     v: Float[Tensor, "b hk m e"],
     *,
     scale: float,
-    bias: Float[Tensor, "#b #h #n #m"] | None,
+    bias: Pairwise,
+    factor: Pairwise,
     causal: bool,
     key_mask: Bool[Tensor, "b m"] | None,
     pair_mask: Bool[Tensor, "#b #h n m"] | None,
-    normalizer: str,
+    normalizer: Normalizer,
 ) -> Float[Tensor, "b h n e"]:
     """The oracle; see `attnlab.ops.attention.attention`."""
+    n, m = q.shape[2], k.shape[2]
     grouped = rearrange(q, "b (hk g) n d -> b hk g n d", hk=k.shape[1])
     logits = torch.einsum("bkgnd,bkmd->bkgnm", grouped, k).flatten(1, 2) * scale
-    if bias is not None:
-        logits = logits + bias
-    allowed = allowed_pairs(q.shape[2], k.shape[2], causal=causal, key_mask=key_mask, pair_mask=pair_mask, device=q.device)
-    weights = masked_weights(logits, allowed, NORMALIZERS[normalizer])
+    term = bias.expanded(q, m, scale)
+    if term is not None:
+        logits = logits + term
+    allowed = allowed_pairs(n, m, causal=causal, key_mask=key_mask, pair_mask=pair_mask, device=q.device)
+    weights = masked_weights(logits, allowed, normalizer)
+    edit = factor.expanded(q, m, scale)
+    if edit is not None:
+        weights = weights * edit
     weights = rearrange(weights, "b (hk g) n m -> b hk g n m", hk=k.shape[1])
     return torch.einsum("bkgnm,bkme->bkgne", weights, v).flatten(1, 2)
