@@ -117,7 +117,8 @@ def test_what_comes_out_and_what_is_recorded():
         rows = _by_hand(reducer, x[b], torch.tanh)[1]
         for i in range(3):
             for j in range(3):
-                expected += float(sum(u * v for u, v in zip(rows[i], rows[j], strict=True)).detach() - (i == j)) ** 2
+                product = sum(u * v for u, v in zip(rows[i], rows[j], strict=True))
+                expected += (float(product.detach()) - (i == j)) ** 2
     assert float(tape["diversity_penalty"].detach()) == pytest.approx(expected / 2, rel=1e-9)
 
 
