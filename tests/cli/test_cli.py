@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import attnlab
 import attnlab.channel_mixers
 import attnlab.models
+import attnlab.objectives
 import attnlab.positions
 import attnlab.reducers
 import attnlab.tasks
@@ -23,7 +24,7 @@ from attnlab.core.registry import all_registries
 from attnlab.papers import papers
 from attnlab.papers.coverage import coverage
 
-KINDS = ("mixer", "position", "modifier", "channel_mixer", "reducer", "model", "task")
+KINDS = ("mixer", "position", "modifier", "channel_mixer", "reducer", "model", "objective", "task")
 
 
 def run(*arguments: str, code: int = 0) -> str:
