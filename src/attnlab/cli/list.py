@@ -17,7 +17,9 @@ from attnlab.core.registry import Entry
 
 def list_command(
     pattern: Annotated[str, typer.Argument(help="A shell pattern on the name, or a part of it.")] = "*",
-    kind: Annotated[str, typer.Option(help="mixer, position, modifier, channel_mixer, reducer, model, objective or task.")] = "mixer",
+    kind: Annotated[
+        str, typer.Option(help="mixer, position, modifier, channel_mixer, reducer, model, objective or task.")
+    ] = "mixer",
     family: Annotated[str | None, typer.Option(help="The room: linear, local, dense, ...")] = None,
     causal: Annotated[bool | None, typer.Option("--causal/--no-causal", help="Can be causal, or cannot.")] = None,
     streaming: Annotated[bool | None, typer.Option("--streaming/--no-streaming", help="Runs piece by piece, or not.")] = None,
