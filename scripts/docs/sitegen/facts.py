@@ -71,6 +71,8 @@ def value_text(name: str, value: Any) -> str:
     """A promise's value in words."""
     if name == "cost":
         return cost_text(value)
+    if name == "tokens_option":
+        return "none, any number" if value is None else str(value)
     if isinstance(value, frozenset):
         return ", ".join(str(item) for item in sorted(value))
     if isinstance(value, bool):

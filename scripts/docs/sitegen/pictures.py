@@ -43,6 +43,8 @@ def small_mixer(name: str) -> Mixer:
     known = {option.name for option in info.options}
     options: dict[str, Any] = {"num_heads": HEADS, "causal": info.supports.causal != "no"}
     options = {key: value for key, value in options.items() if key in known} | dict(info.example)
+    if info.supports.tokens_option is not None:
+        options[info.supports.tokens_option] = TOKENS
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return create_mixer(name, DIM, **options).double().eval()

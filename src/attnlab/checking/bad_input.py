@@ -86,6 +86,8 @@ def _in_forward(bench: Bench, mixer: Mixer) -> Iterator[Mistake]:
     yield wrong("x of 2 dimensions", "x", ValueError, x=x[0])
     yield wrong("x too wide", "x", ValueError, x=torch.cat([x, x], dim=-1))
     yield wrong("x without tokens", "x", ValueError, x=x[:, :0], grid=None)
+    if mixer.fixed_tokens is not None:
+        yield wrong("x of a token more", "x", ValueError, x=torch.cat([x, x[:, :1]], dim=1), grid=None)
     yield wrong("x of integers", "x", TypeError, x=x.long())
     if any(True for _ in mixer.parameters()):
         yield wrong("x of another dtype than the parameters", "x", TypeError, x=x.float())

@@ -122,6 +122,12 @@ def gradients_of(loss: Float[Tensor, ""], leaves: Mapping[str, Tensor]) -> dict[
     return dict(zip(leaves, gradients, strict=True))
 
 
+def squarest(n: int, rank: int) -> Grid:
+    """The grid of ``n`` cells whose last two sides differ least; those before are 1."""
+    side = next(side for side in range(math.isqrt(n), 0, -1) if n % side == 0)
+    return {1: (n,), 2: (side, n // side), 3: (1, side, n // side)}[rank]
+
+
 @dataclass
 class Bench:
     """A subject with a profile and a seeded source of draws."""
@@ -158,10 +164,22 @@ class Bench:
         return [(forms[(start + i) % len(forms)], ranks[i % len(ranks)]) for i in range(count)]
 
     def inputs(self, mixer: Mixer, grid: Grid, batch: int = 2) -> Inputs:
-        """Random tokens on ``grid``, with the mixer's prefix in front."""
+        """Random tokens on ``grid``, with the mixer's prefix in front; on another grid of its rank where the mixer fixes n."""
         self.looked_at += 1
         n = math.prod(grid) + mixer.num_prefix
+        if mixer.fixed_tokens not in (None, n):
+            n = mixer.fixed_tokens
+            grid = squarest(n - mixer.num_prefix, len(grid))
         return Inputs(self.draw.normal(batch, n, mixer.dim), grid=grid if len(grid) > 1 else None)
+
+    def sized(self, mixer: Mixer, grid: Grid) -> Mixer:
+        """``mixer``, or where an option fixes how many tokens there are, one of the same form for those of ``grid``."""
+        n = math.prod(grid) + mixer.num_prefix
+        if mixer.fixed_tokens in (None, n):
+            return mixer
+        if self.subject.factory is None:
+            raise NotApplicable(f"it is built, for {mixer.fixed_tokens} tokens")
+        return self.subject.mixer(mixer.causal, n)
 
     def context_for(self, trial: Trial) -> Float[Tensor, "b m c2"]:
         """A random context of another length than the trial's tokens."""

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnlab.checking.bench import Bench, Inputs
+from attnlab.checking.outcome import NotApplicable
 from attnlab.checking.require import FORWARD, ROUNDING, require, require_close
 from attnlab.checking.suite import conformance
 from attnlab.core.contract import Mixer
@@ -71,6 +72,8 @@ def causality_perturbation(bench: Bench) -> str:
 def causality_truncation(bench: Bench) -> str:
     """A sequence that is cut after t has the same outputs up to t: the length is no part of the past."""
     for trial in bench.trials(causal=True, ranks=(1,)):
+        if trial.mixer.fixed_tokens is not None:
+            raise NotApplicable(f"it takes {trial.mixer.fixed_tokens} tokens, no fewer")
         n = trial.inputs.x.shape[1]
         with torch.no_grad():
             whole = trial.inputs.apply(trial.mixer)

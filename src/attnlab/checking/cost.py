@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,9 +96,9 @@ def work(mixer: Mixer, rank: int, n: int, *, masked: bool) -> int:
     return counter.work
 
 
-def exponent(mixer: Mixer, rank: int, lengths: tuple[int, int], *, masked: bool) -> float:
-    """The slope of the logarithm of `work` between two lengths."""
-    short, long = (work(mixer, rank, n, masked=masked) for n in lengths)
+def exponent(sized: Callable[[int], Mixer], rank: int, lengths: tuple[int, int], *, masked: bool) -> float:
+    """The slope of the logarithm of `work` between two lengths; ``sized`` gives the float32 mixer for each."""
+    short, long = (work(sized(n), rank, n, masked=masked) for n in lengths)
     return math.log(long / short) / math.log(lengths[1] / lengths[0])
 
 
@@ -108,7 +109,10 @@ def cost_exponent(bench: Bench) -> str:
     for lengths in _ROUNDS:
         found = {}
         for mixer in bench.mixers():
-            single = copy.deepcopy(mixer).to(torch.float32)
+
+            def single(n: int, mixer: Mixer = mixer) -> Mixer:
+                return copy.deepcopy(bench.sized(mixer, (n,))).to(torch.float32)
+
             for masked in {False, bench.supports.mask}:
                 found[f"causal={mixer.causal}{', masked' if masked else ''}"] = exponent(single, rank, lengths, masked=masked)
         worst = max(found, key=lambda said: found[said])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnlab.checking.bench import Bench, Trial, measure
 from attnlab.checking.draw import MASKS
+from attnlab.checking.outcome import NotApplicable
 from attnlab.checking.require import FORWARD, ROUNDING, require_close, require_same, require_zero
 from attnlab.checking.suite import conformance
 
@@ -75,6 +76,8 @@ def padding_context(bench: Bench) -> str:
 def padding_right_equals_shorter(bench: Bench) -> str:
     """A sequence that is padded on the right has the outputs of the sequence alone."""
     for trial in bench.trials(ranks=(1,)):
+        if trial.mixer.fixed_tokens is not None:
+            raise NotApplicable(f"it takes {trial.mixer.fixed_tokens} tokens, no more")
         x = trial.inputs.x
         batch, n, width = x.shape
         more = bench.draw.integer(1, 5)

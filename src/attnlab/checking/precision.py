@@ -109,10 +109,12 @@ def awkward_lengths(bench: Bench) -> str:
     for mixer in bench.mixers():
         for rank in sorted(bench.supports.grid):
             for length in bench.profile.lengths:
-                inputs = bench.inputs(mixer, (*[1] * (rank - 2), *([length, 1] if rank > 1 else [length])), batch=1)
+                grid = (*[1] * (rank - 2), *([length, 1] if rank > 1 else [length]))
+                sized = bench.sized(mixer, grid)
+                inputs = bench.inputs(sized, grid, batch=1)
                 with torch.no_grad(), use_backend("reference"):
-                    expected = inputs.apply(mixer)
-                got = measure(mixer, inputs)
+                    expected = inputs.apply(sized)
+                got = measure(sized, inputs)
                 said = f"causal={mixer.causal}, n={length}, grid {inputs.grid}"
                 require_close(f"{said}, against the reference", got.output, expected, FORWARD)
                 for name, gradient in got.gradients.items():

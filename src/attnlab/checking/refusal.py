@@ -94,5 +94,5 @@ def _arguments(bench: Bench, mixer: Mixer) -> Iterator[Request]:
         yield Request("extend", lambda: mixer.extend(x, State({"none": torch.zeros(batch)})), wanted)
     for rank in {1, 2, 3} - supports.grid:
         other = bench.inputs(mixer, (2,) * rank)
-        grid = (2,) * rank
+        grid = other.grid or (other.x.shape[1] - mixer.num_prefix,)
         yield Request(f"grid={grid}", lambda other=other, grid=grid: replace(other, grid=grid).apply(mixer), {"grid": rank})

@@ -156,6 +156,8 @@ def _said(error: Exception) -> str:
 def _unproven(subject: Subject, records: Sequence[Record]) -> list[Record]:
     """A failure for each promise that is made, has a meaning for a form that there is, and of which no check ran."""
     proven = {record.promise for record in records if record.ran}
+    if subject.factory is None and subject.supports.tokens_option is not None:
+        proven |= {"cost", "grid"}  # it cannot be built for other numbers of tokens
     return [
         Record(f"proves_{name}", name, "failed", f"{name} is promised, but no check of it ran", 0.0)
         for name, promise in PROMISES.items()

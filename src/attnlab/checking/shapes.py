@@ -26,8 +26,9 @@ def grid_ranks(bench: Bench) -> str:
     for mixer in bench.mixers():
         for rank in sorted(bench.supports.grid):
             for grid in _GRIDS[rank]:
-                inputs = replace(bench.inputs(mixer, grid), grid=grid)
-                got = measure(mixer, inputs)
+                sized = bench.sized(mixer, grid)
+                inputs = replace(bench.inputs(sized, grid), grid=grid)
+                got = measure(sized, inputs)
                 said = f"causal={mixer.causal}, grid {grid}"
                 require(got.output.shape == inputs.x.shape, f"{said}: expected the shape of x, got {tuple(got.output.shape)}")
                 require_finite(f"{said}: the output", got.output)
@@ -52,7 +53,8 @@ def single_token(bench: Bench) -> str:
     """One token alone runs forward and backward."""
     for mixer in bench.mixers():
         for rank in sorted(bench.supports.grid):
-            got = measure(mixer, bench.inputs(mixer, (1,) * rank))
+            sized = bench.sized(mixer, (1,) * rank)
+            got = measure(sized, bench.inputs(sized, (1,) * rank))
             require_finite(f"causal={mixer.causal}, one token, rank {rank}: the output", got.output)
             for name, gradient in got.gradients.items():
                 require_finite(f"causal={mixer.causal}, one token, rank {rank}: the gradient of {name}", gradient)

@@ -44,7 +44,7 @@ class Subject:
             self.factory = target
         if self.instance is not None and self.options:
             raise TypeError(f"options: expected none with a built mixer, got {sorted(self.options)}")
-        self._built: dict[bool, Mixer] = {}
+        self._built: dict[tuple[bool, int | None], Mixer] = {}
         self._promises: Supports | None = None
         info = getattr(target, "info", None) if self.registered is None else mixers.info(self.registered)
         if isinstance(info, MixerInfo):
@@ -71,12 +71,17 @@ class Subject:
             return (bool(self.options["causal"]),)
         return {"no": (False,), "always": (True,), "optional": (False, True)}[self.supports.causal]
 
-    def mixer(self, causal: bool) -> Mixer:
-        """The form with this causality, in float64 and evaluation mode; built once, not to be changed."""
-        if causal not in self._built:
-            chosen = {"causal": causal} if self.supports.causal == "optional" else {}
-            self._built[causal] = self.build(**chosen)
-        return self._built[causal]
+    def mixer(self, causal: bool, tokens: int | None = None) -> Mixer:
+        """The form with this causality, in float64 and evaluation mode; built once, not to be changed.
+
+        ``tokens`` sets the option that fixes how many there are, where the subject has one.
+        """
+        if (causal, tokens) not in self._built:
+            chosen: dict[str, Any] = {"causal": causal} if self.supports.causal == "optional" else {}
+            if tokens is not None and self.supports.tokens_option is not None:
+                chosen[self.supports.tokens_option] = tokens
+            self._built[causal, tokens] = self.build(**chosen)
+        return self._built[causal, tokens]
 
     def build(self, *, seed: int = 0, **more: Any) -> Mixer:
         """A new instance in float64 and evaluation mode, with random parameters of its own.

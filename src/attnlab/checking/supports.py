@@ -23,6 +23,9 @@ def flags_agree(bench: Bench) -> str:
     require(bool(have.grid) and have.grid <= {1, 2, 3}, f"grid: expected some of the ranks 1, 2, 3, got {sorted(have.grid)}")
     require((have.state != "none") == have.streaming, f"streaming={have.streaming} contradicts state={have.state!r}")
     require(not have.streaming or have.causal != "no", "streaming=True contradicts causal='no'")
+    require(not have.streaming or have.tokens_option is None, "streaming=True contradicts tokens_option: pieces are shorter")
+    named = have.tokens_option is None or have.tokens_option in bench.subject.option_names
+    require(named, f"tokens_option: expected an option of the constructor, got {have.tokens_option!r}")
     require(not have.streaming or 1 in have.grid, f"streaming=True contradicts grid={sorted(have.grid)}: pieces are sequences")
     require(
         not have.permutation_equivariant or have.causal != "always", "permutation_equivariant=True contradicts causal='always'"

@@ -87,6 +87,7 @@ def promises(supports: Supports) -> list[str]:
         f"streaming: {streaming if supports.streaming else 'no'}",
         f"grid: rank {', '.join(str(rank) for rank in sorted(supports.grid))}",
         f"cost: {cost_text(supports.cost)} in time and memory",
+        *([] if supports.tokens_option is None else [f"tokens: exactly as many as {supports.tokens_option} says"]),
     ]
     flags = [f.name for f in fields(supports) if isinstance(getattr(supports, f.name), bool) and f.name != "streaming"]
     made = [name for name in flags if getattr(supports, name)]

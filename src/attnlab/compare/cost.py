@@ -57,7 +57,7 @@ class _Counter(TorchDispatchMode):
 
 def layer_flops(layer: Layer, tokens: int) -> int:
     """Floating-point operations of matrix products and convolutions in one forward pass; element-wise work is not counted."""
-    mixer = build_layer(layer).eval()
+    mixer = build_layer(layer, tokens).eval()
     x, grid = random_input(layer, tokens)
     with torch.no_grad(), _Counter() as counter:
         mixer(x, grid=grid)
@@ -68,7 +68,7 @@ def state_bytes(layer: Layer, tokens: int) -> int | None:
     """Bytes of streaming state a sequence after so many tokens; None where the mixer does not stream."""
     if not (layer.causal and mixer_info(layer.name).supports.streaming):
         return None
-    mixer = build_layer(layer).eval()
+    mixer = build_layer(layer, tokens).eval()
     x, _ = random_input(layer, tokens)
     with torch.no_grad():
         _, state = mixer.extend(x[:1], mixer.init_state(1))

@@ -84,7 +84,7 @@ def gate(layer: Layer, tokens: int = TOKENS) -> Agreement:
     """The agreement of one mixer layer in evaluation mode, on random tokens; a failure to run is a failed gate."""
 
     def run(dtype: torch.dtype) -> tuple[Numbers, Numbers]:
-        mixer = build_layer(layer, seed=0).to(dtype).eval()
+        mixer = build_layer(layer, tokens, seed=0).to(dtype).eval()
         x, grid = random_input(layer, tokens, seed=1)
         x = x.to(dtype).requires_grad_()
         y = mixer(x, grid=grid)

@@ -48,11 +48,13 @@ def can_be_causal(name: str) -> bool:
     return mixer_info(name).supports.causal != "no"
 
 
-def build_layer(layer: Layer, seed: int = 0) -> Mixer:
-    """The mixer, initialised from ``seed``; torch's own generator is left as it was."""
+def build_layer(layer: Layer, tokens: int, seed: int = 0) -> Mixer:
+    """The mixer, initialised from ``seed``, for ``tokens`` where an option fixes them; torch's generator is left alone."""
+    option = mixer_info(layer.name).supports.tokens_option
+    fixed = {} if option is None else {option: tokens}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return create_mixer(layer.name, layer.dim, layer.num_heads, causal=layer.causal, **layer.options)
+        return create_mixer(layer.name, layer.dim, layer.num_heads, causal=layer.causal, **{**layer.options, **fixed})
 
 
 def random_input(layer: Layer, tokens: int, seed: int = 0) -> tuple[Float[Tensor, "b n c"], Grid | None]:

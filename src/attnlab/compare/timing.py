@@ -106,7 +106,7 @@ def _warm_up(function: Callable[[], object], clock: Callable[[], float]) -> int:
 
 def layer_call(layer: Layer, tokens: int, direction: Direction) -> Callable[[], object]:
     """A function that runs the layer once: forward without gradients, or forward and backward in training mode."""
-    mixer = build_layer(layer)
+    mixer = build_layer(layer, tokens)
     x, grid = random_input(layer, tokens)
     if direction == "forward":
         mixer.eval()

@@ -65,6 +65,12 @@ class Mixer(nn.Module):
         """The promises of this mixer."""
         return self.info.supports
 
+    @property
+    def fixed_tokens(self) -> int | None:
+        """How many tokens it was built for, its prefix included, and takes no others; None for any number."""
+        option = self.supports.tokens_option
+        return None if option is None else getattr(self, option)
+
     def forward(
         self,
         x: Float[Tensor, "b n c"],
@@ -168,6 +174,8 @@ class Mixer(nn.Module):
         supports = self.supports
         self._check_tokens("x", x, self.dim)
         batch, n = x.shape[:2]
+        if self.fixed_tokens not in (None, n):
+            raise ValueError(f"x: expected {self.fixed_tokens} tokens as {supports.tokens_option} says, got {n}")
         if context is not None:
             if not supports.cross:
                 raise self._refusal("context", "keys and values come from x itself", cross=True)

@@ -27,6 +27,7 @@ class Supports:
         batch_coupled: an example's output depends on its neighbours in the batch, by definition.
         varlen: packed batches by cumulative lengths.
         state: size of the streaming state: "none", "bounded", or "grows" with the tokens seen.
+        tokens_option: name of the constructor's option that fixes how many tokens there are; None takes any number.
         cost: exponent of n in the time and memory of a forward pass.
     """
 
@@ -41,6 +42,7 @@ class Supports:
     batch_coupled: bool = False
     varlen: bool = False
     state: StateSize = "none"
+    tokens_option: str | None = None
     cost: float | int = 2.0
 
     def matches(self, **wanted: object) -> bool:

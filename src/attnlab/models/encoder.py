@@ -14,10 +14,18 @@ from attnlab.core.errors import UnknownNameError, nearest
 from attnlab.core.grid import Grid, resolve_grid
 from attnlab.core.masks import check_mask, zero_masked
 from attnlab.core.tokens import Tokens
-from attnlab.models.embedding import PositionEmbedding, token_positions
+from attnlab.models.embedding import PositionEmbedding
 from attnlab.models.norms import create_norm
 from attnlab.models.registry import models
-from attnlab.models.stack import BlockOptions, MixerNames, MixerOptions, build_blocks, layer_schedule, require_sequence
+from attnlab.models.stack import (
+    BlockOptions,
+    MixerNames,
+    MixerOptions,
+    build_blocks,
+    fix_lengths,
+    layer_schedule,
+    require_sequence,
+)
 
 POOLS = ("mean", "first", "last")
 """How tokens become one vector."""
@@ -117,6 +125,7 @@ class EncoderClassifier(nn.Module):
         if max_length is None and grid is not None:
             max_length = int(torch.Size(grid).numel())
         self.position = PositionEmbedding(position, dim, max_length, std=1.0, device=device, dtype=dtype)
+        schedule = fix_lengths(schedule, max_length)
         options = BlockOptions(channel_mixer, channel_options or {}, norm, placement, parallel, layer_scale, drop_path, generator)
         self.blocks = build_blocks(dim, schedule, options, causal=False, num_heads=num_heads, device=device, dtype=dtype)
         self.norm = create_norm("none" if placement == "post" else norm, dim, device=device, dtype=dtype)

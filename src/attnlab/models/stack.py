@@ -70,6 +70,23 @@ def layer_schedule(depth: int, mixer: MixerNames, options: MixerOptions | None) 
     return [(names[i % len(names)], each[i % len(names)]) for i in range(depth)]
 
 
+def fix_lengths(schedule: Sequence[tuple[str, dict[str, Any]]], num_tokens: int | None) -> list[tuple[str, dict[str, Any]]]:
+    """The schedule with the number of tokens given to each mixer that is built for one, unless its options say it.
+
+    Raises:
+        ValueError: if such a mixer is there and ``num_tokens`` is None.
+    """
+    fixed = []
+    for name, own in schedule:
+        option = mixer_info(name).supports.tokens_option
+        if option is not None and option not in own:
+            if num_tokens is None:
+                raise ValueError(f"max_length, grid: expected one of them, the mixer {name!r} is built for a number of tokens")
+            own = {**own, option: num_tokens}
+        fixed.append((name, own))
+    return fixed
+
+
 def build_mixer(
     name: str,
     dim: int,

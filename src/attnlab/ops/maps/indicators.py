@@ -17,7 +17,7 @@ def attention_entropy(
     query_mask: Bool[Tensor, "b n"] | None = None,
     key_mask: Bool[Tensor, "b m"] | None = None,
 ) -> Float[Tensor, "b h"]:
-    r"""$\mathrm{mean}_i\,(-\sum_j A_{ij} \ln A_{ij})$ a head (Zhai et al. 2023, section 2), with $0 \ln 0 = 0$.
+    r"""$\mathrm{mean}_i\,(-\sum_j A_{ij} \ln A_{ij})$ a head (Zhai et al. 2023), with $0 \ln 0 = 0$.
 
     Args:
         map: the weights (b, h, n, m).
