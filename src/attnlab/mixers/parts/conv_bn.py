@@ -1,4 +1,4 @@
-"""A convolution without bias and a BatchNorm over real tokens, which fold into one convolution for evaluation."""
+"""A convolution and a BatchNorm over real tokens, which fold into one convolution for evaluation."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class ConvBN(nn.Module):
         rank: of the grid, 1 to 3.
         groups: of the convolution; ``channels`` for a depthwise one.
         scale: w at first; 0 lets a residual branch begin as nothing.
+        bias: whether the convolution has one, which training cannot tell from the mean that the norm takes off.
 
     Raises:
         ValueError: for an even kernel, or another rank.
@@ -44,6 +45,7 @@ class ConvBN(nn.Module):
         rank: int = 2,
         groups: int = 1,
         scale: float = 1.0,
+        bias: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -55,7 +57,7 @@ class ConvBN(nn.Module):
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.rank = rank
         self.conv = _CONVOLUTIONS[rank - 1](
-            channels, out_channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=False, **place
+            channels, out_channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=bias, **place
         )
         self.norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | None = _NORMS[rank - 1](out_channels, **place)
         nn.init.constant_(self.norm.weight, scale)
@@ -72,7 +74,7 @@ class ConvBN(nn.Module):
         return self._normalize(from_grid(y), self.norm, mask)
 
     def fuse(self) -> None:
-        """Fold the norm into the convolution, which gets a bias: the same function in evaluation, with half the work.
+        """Fold the norm into the convolution, which then has a bias: the same function in evaluation, with half the work.
 
         Raises:
             ValueError: in training mode, whose statistics are not known yet.
@@ -85,7 +87,8 @@ class ConvBN(nn.Module):
         with torch.no_grad():
             factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
             self.conv.weight.mul_(factor.view(-1, *[1] * (self.conv.weight.dim() - 1)))
-            self.conv.bias = nn.Parameter(norm.bias - norm.running_mean * factor)
+            shift = 0.0 if self.conv.bias is None else self.conv.bias * factor
+            self.conv.bias = nn.Parameter(norm.bias - norm.running_mean * factor + shift)
         self.norm = None
 
     @staticmethod

@@ -1,0 +1,1 @@
+"""Attention among spikes: binary maps over time steps, products without a softmax."""
