@@ -1,0 +1,95 @@
+"""What adapters on the graph of an attention map share: attention, its map, and an update that reads both."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import Unpack
+
+from attnlab.core.grid import Grid
+from attnlab.core.masks import Masks
+from attnlab.mixers.attention import AttentionMixer, AttentionOptions
+from attnlab.mixers.graph.maps import attention_map, pairs_of
+
+
+class GraphAdapter(AttentionMixer):
+    r"""Softmax attention $y = W_o A V$ plus an update from message passing on the graph $A$; a subclass implements `update`.
+
+    The mixing matrix is A; the update is outside of it. The map is formed: memory O(n m) a head.
+
+    Args:
+        dim: width of the tokens.
+        num_heads: heads, of keys and values too.
+        **options: those of `AttentionMixer`.
+
+    Raises:
+        ValueError: for grouped heads.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, **options: Unpack[AttentionOptions]) -> None:
+        super().__init__(dim, num_heads, **options)
+        if self.num_kv_heads != num_heads:
+            raise ValueError(f"num_kv_heads: expected {num_heads} (num_heads): every head has its graph, got {self.num_kv_heads}")
+
+    def adjacency(
+        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], masks: Masks, grid: Grid | None
+    ) -> Float[Tensor, "b h n m"]:
+        """The softmax map."""
+        bias = self.position.bias(q, k.shape[2], causal=self.causal, grid=grid)
+        return attention_map(q, k, pairs_of(q, k, masks, causal=self.causal), bias=bias)
+
+    def attend(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b hk m d"],
+        v: Float[Tensor, "b hk m e"],
+        masks: Masks,
+        grid: Grid | None,
+    ) -> Float[Tensor, "b h n e"]:
+        """The map times the values."""
+        return self.adjacency(q, k, masks, grid) @ v
+
+    def matrix(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m c2"] | None,
+        masks: Masks,
+        grid: Grid,
+    ) -> Float[Tensor, "b h n m"]:
+        """The map."""
+        q, k, _ = self.project(x, context)
+        return self.adjacency(q, k, masks, grid)
+
+    def mix(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m c2"] | None,
+        masks: Masks,
+        grid: Grid,
+    ) -> Float[Tensor, "b n c"]:
+        """Attention, and the update."""
+        q, k, v = self.project(x, context)
+        graph = self.adjacency(q, k, masks, grid)
+        heads = graph @ v
+        self.emit("values", v)
+        self.emit("mixed", heads)
+        self.emit("attention", graph)
+        y = self.join(heads, x, masks.query)
+        return y + self.update(x, y, graph, q, v, masks)
+
+    def update(
+        self,
+        x: Float[Tensor, "b n c"],
+        y: Float[Tensor, "b n c"],
+        graph: Float[Tensor, "b h n m"],
+        q: Float[Tensor, "b h n d"],
+        v: Float[Tensor, "b h m d"],
+        masks: Masks,
+    ) -> Float[Tensor, "b n c"]:
+        """What is added to the attention's output ``y``."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract: implement update")
+
+    def freeze_attention(self) -> None:
+        """Stop the gradient of everything but the adapter, for fine-tuning a trained attention."""
+        for part in (self.q_proj, self.k_proj, self.v_proj, self.out_proj, self.q_norm, self.k_norm, self.position):
+            part.requires_grad_(False)
