@@ -15,7 +15,7 @@ from attnlab.objectives.registry import objectives
 
 @objectives.register("attention_diversity", paper="tap-adl")
 class AttentionDiversity(Objective):
-    r"""Cosine between each token's attention and the mean attention (Guo et al. 2023, section 3.3).
+    r"""Cosine between each token's attention and the mean attention (Guo et al. 2023).
 
     With $M \in \mathbb{R}^{n \times m}$ a layer's map, mean over its heads, $\bar m$ the mean of its rows, and
     $[\,\cdot\,]_t$ setting to 0 what does not exceed $t/m$,

@@ -12,7 +12,7 @@ from attnlab.positions.base import Position, positions
 
 @positions.register("absolute_offsets", family="bias")
 class AbsoluteOffsets(Position):
-    r"""A learned bias by absolute offset on a grid (Graham et al. 2021, LeViT, section 4.2).
+    r"""A learned bias by absolute offset on a grid (Graham et al. 2021, LeViT).
 
     $$b_{hij} = B_h\big[\,|y_i - y_j|,\ |x_i - x_j|\,\big]$$
 

@@ -28,7 +28,7 @@ from attnlab.positions.absolute_offsets import AbsoluteOffsets
     example={"window": 3, "key_dim": 4, "kernels": 3, "out_scale": 1.0},
 )
 class CascadedGroupAttention(Mixer):
-    r"""Heads on slices of the channels, in a cascade (Liu et al. 2023, EfficientViT, equations 2 to 4).
+    r"""Heads on slices of the channels, in a cascade (Liu et al. 2023, EfficientViT).
 
     $X_1, \dots, X_h$ are the slices of $C/h$ channels, and for head i inside each window, all norms being BatchNorm:
 

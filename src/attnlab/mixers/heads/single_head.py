@@ -26,7 +26,7 @@ from attnlab.ops.attention import attention
     example={"key_dim": 4, "out_scale": 1.0},
 )
 class SingleHeadAttention(Mixer):
-    r"""One head of attention on the first p channels (Yun and Ro 2024, SHViT, equations 1 to 3).
+    r"""One head of attention on the first p channels (Yun and Ro 2024, SHViT).
 
     With $X_1 \in \mathbb{R}^{n \times p}$ the first p channels and $X_2$ the rest, BN being BatchNorm:
 

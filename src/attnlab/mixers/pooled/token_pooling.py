@@ -37,7 +37,7 @@ def box_mean(x: Float[Tensor, "b c h w"], dilation: int) -> Float[Tensor, "b c h
     example={"scales": 3},
 )
 class TokenPooling(Mixer):
-    r"""Token-aware average pooling in front of a mixer (Guo et al. 2023, section 3.2).
+    r"""Token-aware average pooling in front of a mixer (Guo et al. 2023).
 
     With $\mathrm{pool}_0(X) = X$, $\mathrm{pool}_r(X)$ the mean of the nine cells at distance 0 or r on each axis, and one
     softmax over K scales a token, shared by its channels,
