@@ -19,7 +19,7 @@ from attnlab.core.info import Info, MixerInfo, Supports
 from attnlab.core.record import record
 from attnlab.core.registry import Registry
 from attnlab.core.state import State
-from attnlab.core.tokens import Tokens
+from attnlab.core.tokens import Tokens, pack, unpack
 
 if TYPE_CHECKING:
     from attnlab.checking import check
@@ -64,8 +64,10 @@ __all__ = [
     "list_reducers",
     "mixer_info",
     "modifier_info",
+    "pack",
     "record",
     "reducer_info",
+    "unpack",
     "use_backend",
 ]
 

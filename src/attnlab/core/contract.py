@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attnlab.core.catalog import alternatives
@@ -16,6 +16,7 @@ from attnlab.core.info import MixerInfo, Supports
 from attnlab.core.masks import Masks, answered_queries, check_mask, check_pair_mask, zero_masked
 from attnlab.core.record import emit, recording
 from attnlab.core.state import State
+from attnlab.core.tokens import sequence_lengths
 
 
 class Mixer(nn.Module):
@@ -105,6 +106,29 @@ class Mixer(nn.Module):
         answered = answered_queries(x, num_keys, causal=self.causal, mask=mask, key_mask=masks.key, pair_mask=pair_mask)
         return zero_masked(y, answered)
 
+    def packed(self, x: Float[Tensor, "t c"], cu_seqlens: Int[Tensor, "s"]) -> Float[Tensor, "t c"]:
+        """Mix several sequences that lie one behind the other, without padding; no token sees another sequence.
+
+        Args:
+            x: tokens of all sequences, (total, dim).
+            cu_seqlens: where each begins, and at last the total: 0, n1, n1 + n2, ...; integers.
+
+        Returns:
+            What `forward` gives each of them alone, (total, dim).
+
+        Raises:
+            TypeError: for a wrong dtype.
+            ValueError: for a wrong shape, or lengths that are not positive or do not add up.
+            UnsupportedError: if ``info.supports.varlen`` is not promised.
+        """
+        if not self.supports.varlen:
+            raise self._refusal("packed sequences", "it needs a batch of its own shape", varlen=True)
+        if not isinstance(x, Tensor) or x.dim() != 2:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x: expected 2 dimensions (total, {self.dim}), got {got}")
+        self._check_tokens("x", x[None], self.dim)
+        return self.mix_packed(x, sequence_lengths(cu_seqlens, x.shape[0]))
+
     def mixing_matrix(
         self,
         x: Float[Tensor, "b n c"],
@@ -153,6 +177,10 @@ class Mixer(nn.Module):
     ) -> Float[Tensor, "b h n m"]:
         """`mixing_matrix` on validated input. Subclasses that promise one implement this."""
         raise NotImplementedError(f"{type(self).__name__} promises a mixing matrix: implement matrix")
+
+    def mix_packed(self, x: Float[Tensor, "t c"], lengths: Sequence[int]) -> Float[Tensor, "t c"]:
+        """`packed` on validated input; by default one sequence after the other."""
+        return torch.cat([self.mix(part[None], None, Masks(), (len(part),))[0] for part in x.split(list(lengths))])
 
     def emit(self, name: str, value: Tensor | Callable[[], Tensor]) -> None:
         """Hand ``value`` to an open `attnlab.record`, under this module's path; a function is called only if someone wants it."""

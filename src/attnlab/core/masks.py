@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -101,3 +101,22 @@ def answered_queries(
         return mask
     answered = allowed.any(dim=-1).any(dim=1).expand(batch, n)
     return answered if mask is None else answered & mask
+
+
+def token_positions(
+    batch: int, n: int, mask: Bool[Tensor, "b n"] | None, *, start: Int[Tensor, "b"] | None = None, device: torch.device
+) -> Int[Tensor, "#b n"]:
+    """The index of each token among the real ones of its sequence; a masked token has that of the real one before it, or 0.
+
+    Args:
+        batch: examples.
+        n: tokens.
+        mask: (batch, n), True marks a real token.
+        start: real tokens that came before, per example.
+        device: where to count.
+    """
+    if mask is None:
+        positions = torch.arange(n, device=device)[None]
+    else:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return positions if start is None else positions + start[:, None]

@@ -4,10 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+
+@dataclass
+class _Room:
+    """Memory behind a tensor that grows: ``buffer`` holds it and more, of which ``filled`` along ``dim`` is spoken for."""
+
+    buffer: Tensor
+    filled: int
+
+    @classmethod
+    def around(cls, tensor: Tensor, dim: int, size: int) -> _Room:
+        """A copy of ``tensor`` with room for ``size`` along ``dim`` and a quarter more."""
+        shape = list(tensor.shape)
+        shape[dim] = size + size // 4 + 64
+        buffer = tensor.new_empty(shape)
+        buffer.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+        return cls(buffer, tensor.shape[dim])
 
 
 class State(Mapping[str, Tensor]):
@@ -28,6 +46,7 @@ class State(Mapping[str, Tensor]):
         if len(set(sizes.values())) > 1:
             raise ValueError(f"state: expected one batch size in every tensor, got {sizes}")
         self._tensors = dict(tensors)
+        self._rooms: dict[str, _Room] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -63,6 +82,34 @@ class State(Mapping[str, Tensor]):
     def select(self, indices: Int[Tensor, "k"]) -> State:
         """The examples at ``indices`` of the batch, repeats allowed: re-ordering for beam search."""
         return State({name: tensor.index_select(0, indices) for name, tensor in self._tensors.items()})
+
+    def replace(self, **tensors: Tensor) -> State:
+        """A state with these tensors in place of those of the same names, and the others as they are."""
+        after = State({**self._tensors, **tensors})
+        after._rooms = {name: room for name, room in self._rooms.items() if name not in tensors}
+        return after
+
+    def grow(self, dim: int, **pieces: Tensor) -> State:
+        """A state with ``pieces`` appended to the tensors of the same names along ``dim``; this one stays valid.
+
+        Without gradients the tensors grow into spare memory behind them, so that a token costs a token's copy. A state that
+        grows a second time, as in a beam, finds that memory taken and is copied.
+        """
+        after = self.replace()
+        for name, piece in pieces.items():
+            old = self._tensors[name]
+            if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (old.requires_grad or piece.requires_grad)):
+                after._tensors[name] = torch.cat((old, piece), dim=dim)
+                after._rooms.pop(name, None)
+                continue
+            have, size = old.shape[dim], old.shape[dim] + piece.shape[dim]
+            room = self._rooms.get(name)
+            if room is None or room.filled != have or room.buffer.shape[dim] < size:
+                room = _Room.around(old, dim, size)
+            room.buffer.narrow(dim, have, piece.shape[dim]).copy_(piece)
+            room.filled = size
+            after._tensors[name], after._rooms[name] = room.buffer.narrow(dim, 0, size), room
+        return after
 
     def prefixed(self, prefix: str) -> dict[str, Tensor]:
         """The tensors under ``prefix + name``, to be put into a larger state."""

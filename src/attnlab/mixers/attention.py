@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attnlab.core.contract import Mixer, StreamingMixer
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
-from attnlab.core.masks import Masks
+from attnlab.core.masks import Masks, token_positions
 from attnlab.core.state import State
+from attnlab.ops.attention import Normalizer, Pairwise, attention
 from attnlab.positions import create_position
 
 # What attention over explicit pairs of query and key promises.
@@ -26,6 +27,7 @@ DENSE = Supports(
     grid=frozenset({1, 2, 3}),
     mixing_matrix=True,
     permutation_equivariant=True,
+    varlen=True,
     state="grows",
     cost=2.0,
 )
@@ -104,6 +106,8 @@ class AttentionMixer(Mixer):
         self.q_norm, self.k_norm = norm(self.head_dim, **place), norm(self.head_dim, **place)
         self.position_name = position
         self.position = create_position(position, num_heads, self.head_dim, position_options).to(**place)
+        if causal and self.position.reads_future:
+            raise self._refusal(f"causal=True with position={position!r}", "that position mixes in later tokens by itself")
 
     def attend(
         self,
@@ -122,10 +126,46 @@ class AttentionMixer(Mixer):
         """A factor a head and token before the output projection; nothing here."""
         return heads
 
+    def dense(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b hk m d"],
+        v: Float[Tensor, "b hk m e"],
+        masks: Masks,
+        grid: Grid | None,
+        *,
+        scale: float | None = None,
+        bias: Float[Tensor, "#b #h #n #m"] | None = None,
+        heat: float = 1.0,
+        normalizer: str | Normalizer = "softmax",
+    ) -> Float[Tensor, "b h n e"]:
+        """`attnlab.ops.attention.attention` with this mixer's causality and position.
+
+        ``bias`` comes on top of the position's, which is multiplied by ``heat``.
+        """
+        num_keys = k.shape[2]
+        term = self.position.bias(q, num_keys, causal=self.causal, grid=grid)
+        if heat != 1.0:
+            term = Pairwise.of(term).scaled(heat)
+        if bias is not None:
+            term = Pairwise.of(term).plus(bias)
+        return attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            bias=term,
+            factor=self.position.factor(q, num_keys, causal=self.causal, grid=grid),
+            causal=self.causal,
+            key_mask=masks.key,
+            pair_mask=masks.pair,
+            normalizer=normalizer,
+        )
+
     def project(
-        self, x: Float[Tensor, "b n c"], context: Tensor | None = None, start: Tensor | int = 0
+        self, x: Float[Tensor, "b n c"], context: Tensor | None = None, index: Int[Tensor, "#b n"] | None = None
     ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b hk m d"], Float[Tensor, "b hk m d"]]:
-        """Queries, keys and values, with positions in queries and keys in self-attention; ``start`` is x's first position."""
+        """Queries, keys and values, with positions in queries and keys in self-attention; ``index`` counts from 0 by default."""
         if context is not None and self.position_name != "none":
             raise self._refusal(f"context with position={self.position_name!r}", "two sequences have no common positions")
         source = x if context is None else context
@@ -133,10 +173,13 @@ class AttentionMixer(Mixer):
         k = self.k_norm(rearrange(self.k_proj(source), "b m (h d) -> b h m d", h=self.num_kv_heads))
         v = rearrange(self.v_proj(source), "b m (h d) -> b h m d", h=self.num_kv_heads)
         if context is None:
-            index = torch.arange(x.shape[1], device=x.device)[None]
-            index = index + (start[:, None] if isinstance(start, Tensor) else start)
+            index = torch.arange(x.shape[1], device=x.device)[None] if index is None else index
             q, k = self.position.encode(q, index), self.position.encode(k, index)
         return q, k, v
+
+    def place(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None) -> Int[Tensor, "#b n"]:
+        """The index of each token of a whole sequence among the real ones."""
+        return token_positions(*x.shape[:2], mask, device=x.device)
 
     def join(
         self, heads: Float[Tensor, "b h n e"], x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None
@@ -152,10 +195,31 @@ class AttentionMixer(Mixer):
         grid: Grid,
     ) -> Float[Tensor, "b n c"]:
         """Project, attend, project back."""
-        q, k, v = self.project(x, context)
+        q, k, v = self.project(x, context, self.place(x, masks.query))
         heads = self.attend(q, k, v, masks, grid)
         self.show(q, k, v, heads, masks, grid)
-        return self.join(heads, x, masks.query)
+        return self.join(self._with_local(heads, v, grid, masks.key), x, masks.query)
+
+    def mix_packed(self, x: Float[Tensor, "t c"], lengths: Sequence[int]) -> Float[Tensor, "t c"]:
+        """All projections at once, attention a sequence at a time; a subclass with another `mix` gets the plain form."""
+        if type(self).mix is not AttentionMixer.mix:
+            return super().mix_packed(x, lengths)
+        tokens = x[None]
+        index = torch.cat([torch.arange(n, device=x.device) for n in lengths])[None]
+        parts = [t.split(list(lengths), dim=2) for t in self.project(tokens, index=index)]
+        heads = []
+        for q, k, v in zip(*parts, strict=True):
+            grid = (q.shape[2],)
+            heads.append(self._with_local(self.attend(q, k, v, Masks(), grid), v, grid, None))
+        return self.join(torch.cat(heads, dim=2), tokens, None)[0]
+
+    def _with_local(
+        self, heads: Float[Tensor, "b h n e"], v: Float[Tensor, "b hk m e"], grid: Grid | None, mask: Tensor | None
+    ) -> Float[Tensor, "b h n e"]:
+        """The head outputs and what the position adds to them from the values around."""
+        if not self.position.reads_values:
+            return heads
+        return heads + self.position.local(v.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1), grid, mask)
 
     def matrix(
         self,
@@ -165,7 +229,7 @@ class AttentionMixer(Mixer):
         grid: Grid,
     ) -> Float[Tensor, "b h n m"]:
         """What `attend` makes of identity values."""
-        q, k, _ = self.project(x, context)
+        q, k, _ = self.project(x, context, self.place(x, masks.query))
         return self.attend(q, k, self.identity(k), masks, grid)
 
     def show(
@@ -206,27 +270,22 @@ class CachedAttention(AttentionMixer, StreamingMixer):
             }
         )
 
-    def trim(self, tensor: Tensor, dim: int) -> Tensor:
-        """The keys that later queries can still need; all here."""
-        return tensor
+    def trim(self, state: State) -> State:
+        """The state without keys that no later query can need; all are kept here."""
+        return state
 
     def advance(
         self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None
     ) -> tuple[Float[Tensor, "b n c"], State]:
         """Attend over the kept keys and the new ones."""
-        q, k, v = self.project(x, start=state["position"])
-        kept, n = state["k"].shape[2], x.shape[1]
-        k, v = torch.cat((state["k"], k), dim=2), torch.cat((state["v"], v), dim=2)
+        n, kept = x.shape[1], state["k"].shape[2]
+        index = token_positions(x.shape[0], n, mask, start=state["position"], device=x.device)
+        q, k, v = self.project(x, index=index)
+        after = state.grow(2, k=k, v=v)
         real = state["real"]
         if mask is not None or real.shape[1]:
             past = real if real.shape[1] == kept else real.new_ones(x.shape[0], kept)
             real = torch.cat((past, real.new_ones(x.shape[0], n) if mask is None else mask), dim=1)
-        key_mask = real if real.shape[1] else None
-        heads = self.attend(q, k, v, Masks(mask, key_mask), None)
-        after = {
-            "k": self.trim(k, 2),
-            "v": self.trim(v, 2),
-            "real": self.trim(real, 1) if real.shape[1] else real.clone(),
-            "position": state["position"] + n,
-        }
-        return self.join(heads, x, mask), State(after)
+        heads = self.attend(q, after["k"], after["v"], Masks(mask, real if real.shape[1] else None), None)
+        after = self.trim(after.replace(real=real, position=state["position"] + (n if mask is None else mask.sum(dim=1))))
+        return self.join(heads, x, mask), after

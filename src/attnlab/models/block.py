@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attnlab.channel_mixers import ChannelMixer
@@ -82,7 +82,7 @@ class Block(nn.Module):
             raise ValueError("parallel: expected a channel mixer and nothing between it and the mixer")
         if mixer.causal and channel_mixer is not None and not channel_mixer.per_token:
             raise UnsupportedError(type(channel_mixer).__name__, "a causal block", "it reads a token's neighbours")
-        self.dim, self.placement, self.parallel = dim, placement, parallel
+        self.dim, self.norm, self.placement, self.parallel = dim, norm, placement, parallel
         self.mixer, self.channel_mixer, self.between = mixer, channel_mixer, between
 
         def make(wanted: bool) -> nn.Module:
@@ -106,10 +106,28 @@ class Block(nn.Module):
         """One block over all tokens.
 
         The mixer sees the grid if it supports the grid's rank and no prefix token stands outside it, otherwise the raster
-        sequence. A mask that the mixer does not support is refused by it.
+        sequence. A mask that the mixer does not support is refused by it. Packed tokens (`attnlab.pack`) stay packed.
+
+        Raises:
+            UnsupportedError: for packed tokens if `packs` is False.
         """
+        if tokens.cu_seqlens is not None:
+            return self._forward_packed(tokens, tokens.cu_seqlens)
         grid = self._grid(tokens)
         return self._run(tokens, lambda x: self.mixer(x, mask=tokens.mask, grid=grid))
+
+    @property
+    def packs(self) -> bool:
+        """Whether packed tokens are taken: a mixer of variable lengths, and nothing else that reads other tokens."""
+        alone = self.channel_mixer is None or self.channel_mixer.per_token
+        whole = self.norm != "group_norm" and not (self.training and self.mixer_residual.drop_path > 0.0)
+        return self.mixer.supports.varlen and alone and whole and self.between is None
+
+    def _forward_packed(self, tokens: Tokens, cu_seqlens: Int[Tensor, "s"]) -> Tokens:
+        if not self.packs:
+            why = "the mixer needs a padded batch, or a norm, channel mixer, stochastic depth or `between` counts examples"
+            raise UnsupportedError(self.mixer.info.name, "packed tokens in this block", why)
+        return self._run(tokens, lambda x: self.mixer.packed(x[0], cu_seqlens)[None])
 
     def init_state(self, batch_size: int) -> State:
         """The mixer's state before the first token."""

@@ -5,32 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attnlab.core.errors import UnknownNameError, nearest
 
 POSITIONS = ("none", "learned", "sinusoidal")
 """Names that `PositionEmbedding` takes."""
-
-
-def token_positions(
-    batch: int, n: int, mask: Bool[Tensor, "b n"] | None, *, start: Int[Tensor, "b"] | None = None, device: torch.device
-) -> Int[Tensor, "#b n"]:
-    """The index of each token among the real ones of its sequence; a masked token has that of the real one before it, or 0.
-
-    Args:
-        batch: examples.
-        n: tokens.
-        mask: (batch, n), True marks a real token.
-        start: real tokens that came before, per example.
-        device: where to count.
-    """
-    if mask is None:
-        positions = torch.arange(n, device=device)[None]
-    else:
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return positions if start is None else positions + start[:, None]
 
 
 def sinusoids(positions: Int[Tensor, "b n"], dim: int, dtype: torch.dtype) -> Float[Tensor, "b n {dim}"]:

@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attnlab.core.catalog import mixer_info
-from attnlab.core.errors import UnknownNameError, nearest
+from attnlab.core.errors import UnknownNameError, UnsupportedError, nearest
 from attnlab.core.grid import Grid, resolve_grid
-from attnlab.core.masks import check_mask, zero_masked
-from attnlab.core.tokens import Tokens
+from attnlab.core.masks import check_mask, token_positions, zero_masked
+from attnlab.core.tokens import Tokens, pack, unpack
 from attnlab.models.embedding import PositionEmbedding
 from attnlab.models.norms import create_norm
 from attnlab.models.registry import models
@@ -75,13 +75,14 @@ class EncoderClassifier(nn.Module):
         drop_path: stochastic depth of the last block, rising linearly over the layers.
         position: "none", "learned" or "sinusoidal"; counted over real tokens, on a grid over its cells.
         max_length: tokens that learned positions reach; by default the cells of ``grid``.
+        packing: run the blocks on the real tokens alone where a mask is given; every example must have one.
         generator: what stochastic depth draws from.
         device: of the parameters.
         dtype: of the parameters.
 
     Raises:
         UnknownNameError: for a name or option that does not exist.
-        UnsupportedError: for a mixer that does not take the input's shape.
+        UnsupportedError: for a mixer that does not take the input's shape, or blocks that cannot be packed.
         ValueError: if the input's size is missing, or a causal mixer pools its first token.
     """
 
@@ -108,6 +109,7 @@ class EncoderClassifier(nn.Module):
         drop_path: float = 0.0,
         position: str = "learned",
         max_length: int | None = None,
+        packing: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -128,6 +130,9 @@ class EncoderClassifier(nn.Module):
         schedule = fix_lengths(schedule, max_length)
         options = BlockOptions(channel_mixer, channel_options or {}, norm, placement, parallel, layer_scale, drop_path, generator)
         self.blocks = build_blocks(dim, schedule, options, causal=False, num_heads=num_heads, device=device, dtype=dtype)
+        self.packing = packing
+        if packing and (grid is not None or not all(block.packs for block in self.blocks)):
+            raise UnsupportedError("this encoder", "packing=True", "its blocks need a grid or a padded batch")
         self.norm = create_norm("none" if placement == "post" else norm, dim, device=device, dtype=dtype)
         self.head = nn.Linear(dim, num_classes, device=device, dtype=dtype)
 
@@ -163,8 +168,11 @@ class EncoderClassifier(nn.Module):
             inputs = zero_masked(inputs, mask)
         positions = token_positions(batch, n, mask if grid is None else None, device=inputs.device)
         tokens = Tokens(self.position(self.embedding(inputs), positions), mask, grid)
+        packed = self.packing and mask is not None
+        tokens = pack(tokens) if packed else tokens
         for block in self.blocks:
             tokens = block(tokens)
+        tokens = unpack(tokens, mask) if packed and mask is not None else tokens
         return self.head(pool_tokens(self.norm(tokens.x, tokens.mask), tokens.mask, self.pool))
 
 

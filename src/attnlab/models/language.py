@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attnlab.core.masks import check_mask, zero_masked
+from attnlab.core.masks import check_mask, token_positions, zero_masked
 from attnlab.core.state import State
 from attnlab.core.tokens import Tokens
 from attnlab.mixers.parts.short_convolution import ShortConvolution
 from attnlab.models.block import Block
-from attnlab.models.embedding import PositionEmbedding, token_positions
+from attnlab.models.embedding import PositionEmbedding
 from attnlab.models.norms import create_norm
 from attnlab.models.registry import models
 from attnlab.models.sampling import generate

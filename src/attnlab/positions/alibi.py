@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnlab.core.grid import Grid
-from attnlab.positions.base import Position, positions
+from attnlab.ops.attention import Pairwise
+from attnlab.positions.base import Position, offsets_between, positions
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
@@ -35,10 +36,7 @@ class Alibi(Position):
         super().__init__(num_heads, head_dim)
         self.register_buffer("slopes", torch.tensor(alibi_slopes(num_heads)), persistent=False)
 
-    def bias(
-        self, q: Float[Tensor, "b h n d"], num_keys: int, *, causal: bool, grid: Grid | None
-    ) -> Float[Tensor, "#b h n m"] | None:
-        """The penalties (1, h, n, m)."""
-        rows = torch.arange(q.shape[2], device=q.device).unsqueeze(1) + (num_keys - q.shape[2])
-        distance = (rows - torch.arange(num_keys, device=q.device)).abs()
-        return -(self.slopes.to(q.dtype)[:, None, None] * distance)[None]
+    def bias(self, q: Float[Tensor, "b h n d"], num_keys: int, *, causal: bool, grid: Grid | None) -> Pairwise:
+        """The penalties by offset."""
+        distance = offsets_between(q.shape[2], num_keys, q.device).abs()
+        return Pairwise(offsets=-self.slopes.to(q.dtype)[:, None] * distance)

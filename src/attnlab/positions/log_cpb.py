@@ -9,18 +9,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attnlab.core.grid import Grid
+from attnlab.ops.attention import Pairwise
 from attnlab.positions.base import Position, positions
+from attnlab.positions.grid_offsets import spread, unique_offsets
 
 
-def log_offsets(grid: Grid) -> Float[Tensor, "n n r"]:
-    r"""Offsets of all pairs of cells, query minus key, in cells.
+def log_offsets(grid: Grid, span: int | None = None) -> Float[Tensor, "u r"]:
+    r"""All offsets on a grid, query minus key, in the order of `unique_offsets`.
 
-    With $\delta = 8\,\Delta/(\mathrm{side}-1)$ on each axis: $\mathrm{sign}(\delta)\log_2(1 + |\delta|)/\log_2 8$.
+    With $\delta = 8\,\Delta/(\mathrm{side}-1)$ on each axis: $\mathrm{sign}(\delta)\log_2(1 + |\delta|)/\log_2 8$; ``span``
+    stands in for the sides.
     """
-    axes = [torch.arange(side, dtype=torch.float32) for side in grid]
-    cells = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, len(grid))
-    spans = torch.tensor([max(side - 1, 1) for side in grid], dtype=torch.float32)
-    delta = (cells[:, None] - cells[None, :]) / spans * 8.0
+    spans = torch.tensor([max((side if span is None else span) - 1, 1) for side in grid], dtype=torch.float32)
+    delta = unique_offsets(grid, torch.device("cpu")) / spans * 8.0
     return delta.sign() * (delta.abs() + 1.0).log2() / math.log2(8.0)
 
 
@@ -35,11 +36,16 @@ class LogCPB(Position):
         head_dim: width of a query; not used.
         rank: rank of the grid, which must be given to the mixer.
         hidden: width of the MLP.
+        span: the side by which offsets are divided, that of training; by default that of the grid at hand.
+
+    Raises:
+        ValueError: in use, for a grid of another rank, or without ``span`` where causal: an output would depend on how many
+            tokens follow.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, *, rank: int = 2, hidden: int = 512) -> None:
+    def __init__(self, num_heads: int, head_dim: int, *, rank: int = 2, hidden: int = 512, span: int | None = None) -> None:
         super().__init__(num_heads, head_dim)
-        self.rank = rank
+        self.rank, self.span = rank, span
         self.fc1 = nn.Linear(rank, hidden)
         self.fc2 = nn.Linear(hidden, num_heads)
         self.offsets: Tensor | None = None
@@ -49,15 +55,17 @@ class LogCPB(Position):
         """Use these offsets, the pair (i, j) reading row ``index[i, j]``, instead of those of the grid."""
         self.offsets, self.index = offsets, index
 
+    def _values(self, offsets: Tensor, q: Tensor) -> Float[Tensor, "h u"]:
+        values: Tensor = self.fc2(torch.relu(self.fc1(offsets.to(q))))
+        return values.mT
+
     def bias(
         self, q: Float[Tensor, "b h n d"], num_keys: int, *, causal: bool, grid: Grid | None
-    ) -> Float[Tensor, "#b h n m"] | None:
-        """The biases (1, h, n, n); ValueError if the grid has another rank."""
-        if self.offsets is None or self.index is None:
-            if grid is None or len(grid) != self.rank:
-                raise ValueError(f"grid: position 'log_cpb' was built for rank {self.rank}, got {grid}")
-            offsets, index = log_offsets(grid), None
-        else:
-            offsets, index = self.offsets, self.index
-        table = self.fc2(torch.relu(self.fc1(offsets.to(q))))
-        return (table if index is None else table[index]).movedim(-1, 0)[None]
+    ) -> Float[Tensor, "#b h n m"] | Pairwise:
+        """The biases of the grid, each offset evaluated once; ValueError if it has another rank."""
+        if self.offsets is not None and self.index is not None:
+            return self._values(self.offsets, q)[:, self.index][None]
+        grid = self.grid_of_rank((num_keys,) if grid is None else grid, self.rank)
+        if causal and self.span is None:
+            raise ValueError("span: expected the training length with causal=True (position_options={'span': 512}), got None")
+        return spread(self._values(log_offsets(grid, self.span), q), grid, q.shape[2])

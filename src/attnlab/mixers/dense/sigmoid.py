@@ -13,7 +13,6 @@ from attnlab.core.grid import Grid
 from attnlab.core.masks import Masks
 from attnlab.mixers.attention import DENSE, AttentionOptions, CachedAttention
 from attnlab.mixers.parts.counts import key_counts
-from attnlab.ops.attention import attention
 
 
 @mixers.register("sigmoid", family="dense", paper="sigmoid-attention", supports=DENSE)
@@ -65,20 +64,8 @@ class SigmoidAttention(CachedAttention):
     ) -> Float[Tensor, "b h n e"]:
         """Sigmoid weights over the allowed keys."""
         heat = math.exp(self.log_temperature)
-        bias = self.position.bias(q, k.shape[2], causal=self.causal, grid=grid)
         if isinstance(self.logit_bias, str):
             shift = -key_counts(q, k.shape[2], causal=self.causal, key_mask=masks.key, pair_mask=masks.pair).log()
         else:
             shift = q.new_full((1, 1, 1, 1), self.logit_bias)
-        bias = shift if bias is None else bias * heat + shift
-        return attention(
-            q,
-            k,
-            v,
-            scale=heat * self.head_dim**-0.5,
-            bias=bias,
-            causal=self.causal,
-            key_mask=masks.key,
-            pair_mask=masks.pair,
-            normalizer="sigmoid",
-        )
+        return self.dense(q, k, v, masks, grid, scale=heat * self.head_dim**-0.5, bias=shift, heat=heat, normalizer="sigmoid")

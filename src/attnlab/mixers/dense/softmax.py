@@ -9,7 +9,6 @@ from attnlab.core.catalog import mixers
 from attnlab.core.grid import Grid
 from attnlab.core.masks import Masks
 from attnlab.mixers.attention import DENSE, CachedAttention
-from attnlab.ops.attention import attention
 
 
 @mixers.register("softmax", family="dense", supports=DENSE)
@@ -36,5 +35,4 @@ class SoftmaxAttention(CachedAttention):
         grid: Grid | None,
     ) -> Float[Tensor, "b h n e"]:
         """Softmax over the allowed keys."""
-        bias = self.position.bias(q, k.shape[2], causal=self.causal, grid=grid)
-        return attention(q, k, v, bias=bias, causal=self.causal, key_mask=masks.key, pair_mask=masks.pair)
+        return self.dense(q, k, v, masks, grid)

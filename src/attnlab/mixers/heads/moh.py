@@ -15,7 +15,6 @@ from attnlab.mixers.attention import DENSE, AttentionOptions, CachedAttention
 from attnlab.mixers.heads.routers import LinearRouter, QueryNormRouter, balance_loss
 from attnlab.mixers.parts.cosine import ScaledCosine
 from attnlab.mixers.parts.counts import key_counts
-from attnlab.ops.attention import attention
 
 
 @mixers.register("moh", family="heads", paper="moh", supports=DENSE, example={"num_shared": 1, "num_active": 2})
@@ -81,12 +80,11 @@ class MixtureOfHeads(CachedAttention):
         grid: Grid | None,
     ) -> Float[Tensor, "b h n e"]:
         """Softmax over the allowed keys, all heads."""
-        bias = self.position.bias(q, k.shape[2], causal=self.causal, grid=grid)
-        scale = None
-        if self.cosine is not None:
-            counts = key_counts(q, k.shape[2], causal=self.causal, key_mask=masks.key, pair_mask=masks.pair)
-            (q, k), scale = self.cosine(q, k, counts), 1.0
-        return attention(q, k, v, scale=scale, bias=bias, causal=self.causal, key_mask=masks.key, pair_mask=masks.pair)
+        if self.cosine is None:
+            return self.dense(q, k, v, masks, grid)
+        counts = key_counts(q, k.shape[2], causal=self.causal, key_mask=masks.key, pair_mask=masks.pair)
+        q, k = self.cosine(q, k, counts)
+        return self.dense(q, k, v, masks, grid, scale=1.0)
 
     def weigh_heads(
         self, heads: Float[Tensor, "b h n e"], x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None

@@ -11,6 +11,7 @@ from attnlab.core.catalog import mixers
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
+from attnlab.core.state import State
 from attnlab.mixers.attention import AttentionOptions, CachedAttention
 from attnlab.ops.sliding_window import sliding_window_attention
 
@@ -76,8 +77,12 @@ class SlidingWindowAttention(CachedAttention):
         """Softmax over the window and the sinks."""
         return sliding_window_attention(q, k, v, left=self.left, right=self.right, num_sinks=self.num_sinks, key_mask=masks.key)
 
-    def trim(self, tensor: Tensor, dim: int) -> Tensor:
+    def trim(self, state: State) -> State:
         """The sinks and the last w - 1 tokens: all that later queries can reach."""
+        kept = {"k": self._recent(state["k"], 2), "v": self._recent(state["v"], 2)}
+        return state.replace(**kept, real=self._recent(state["real"], 1)) if state["real"].shape[1] else state.replace(**kept)
+
+    def _recent(self, tensor: Tensor, dim: int) -> Tensor:
         length, keep = tensor.shape[dim], self.num_sinks + self.left
         if length <= keep:
             return tensor

@@ -69,7 +69,7 @@ class Block(NamedTuple):
 def blocks(p: Problem) -> Iterator[Block]:
     """The blocks of a problem; those that reach no key are left out."""
     (b, h, n, _), (_, hk, m, _) = p.q.shape, p.k.shape
-    rows = max(1, min(n, ROWS, max(16, 4 * BUDGET // (p.groups * m))))
+    rows = max(1, min(n, ROWS, max(16, BUDGET // (p.groups * m))))
     heads = max(1, min(hk, BUDGET // (p.groups * rows * m)))
     examples = max(1, min(b, BUDGET // (h * rows * m))) if heads == hk else 1
     for example in range(0, b, examples):
@@ -190,7 +190,7 @@ def factor(p: Problem, block: Block) -> Float[Tensor, "#c #h #rows #m"] | None:
     dense = cut(p.factor, block)
     if p.factor_offsets is None:
         return dense
-    table = toeplitz(p.factor_offsets, block, p.q.shape[2])
+    table = toeplitz(p.factor_offsets, block, p.q.shape[2])[None]
     return table if dense is None else dense + table
 
 
