@@ -14,7 +14,7 @@ from attnlab.mixers.parts.lookup_linear import LookupLinear
 
 @channel_mixers.register("memory", paper="memoryformer")
 class MemoryFeedForward(ChannelMixer):
-    r"""$M_2(\mathrm{LN}(M_1(x)))$ with two `LookupLinear` layers (Ding et al. 2024, MemoryFormer, section 2.2).
+    r"""$M_2(\mathrm{LN}(M_1(x)))$ with two `LookupLinear` layers (Ding et al. 2024, MemoryFormer).
 
     $M_1$ addresses K = dim / tau tables of $2^\tau$ rows; the hidden channels make chunks of tau + extra, so $M_2$ has as many
     tables of $2^{\tau + \text{extra}}$ rows. Time O(K (hidden + dim)) a token.

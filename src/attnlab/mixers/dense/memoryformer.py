@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attnlab.core.catalog import mixers
@@ -25,7 +25,7 @@ from attnlab.mixers.parts.lookup_linear import LookupLinear, lookup_addresses
     example={"tau": 4},
 )
 class MemoryFormerAttention(SoftmaxAttention):
-    r"""Softmax attention without a linear layer (Ding et al. 2024, MemoryFormer, section 2.2 and the authors' code).
+    r"""Softmax attention without a linear layer (Ding et al. 2024, MemoryFormer; equations as the authors' code has them).
 
     With the rows $a_k$ and weights $w_k$ of the chunks of a token, computed once (`lookup_addresses`), and three `LookupLinear`
     layers that share them,
@@ -78,12 +78,11 @@ class MemoryFormerAttention(SoftmaxAttention):
         self.out_proj = nn.Identity()  # type: ignore[assignment]
 
     def project(
-        self, x: Float[Tensor, "b n c"], context: Tensor | None = None, start: Tensor | int = 0
+        self, x: Float[Tensor, "b n c"], context: Tensor | None = None, index: Int[Tensor, "#b n"] | None = None
     ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b hk m d"], Float[Tensor, "b hk m d"]]:
         """Queries, keys and values from one computation of the addresses, with positions in queries and keys."""
         addresses = lookup_addresses(x, self.q_lookup.tau, self.q_lookup.weight)
         layers = (self.q_lookup, self.k_lookup, self.v_lookup)
         q, k, v = (rearrange(layer.read(*addresses), "b n (h d) -> b h n d", h=self.num_heads) for layer in layers)
-        index = torch.arange(x.shape[1], device=x.device)[None]
-        index = index + (start[:, None] if isinstance(start, Tensor) else start)
+        index = torch.arange(x.shape[1], device=x.device)[None] if index is None else index
         return self.position.encode(q, index), self.position.encode(k, index), v

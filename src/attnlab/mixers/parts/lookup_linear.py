@@ -36,7 +36,7 @@ def lookup_addresses(
 
 
 class LookupLinear(nn.Module):
-    r"""A Memory Layer (Ding et al. 2024, MemoryFormer, section 2.1; equations as the authors' code has them).
+    r"""A Memory Layer (Ding et al. 2024, MemoryFormer; equations as the authors' code has them).
 
     The input is cut into K = d / tau chunks; with the rows $a_k$ and weights $w_k$ of `lookup_addresses` and tables
     $T_k \in \mathbb{R}^{2^\tau \times e}$,

@@ -27,7 +27,7 @@ from attnlab.ops.chunks import full_precision
     example={"threshold": 0.25, "attention_threshold": 0.125, "scale": 0.25},
 )
 class SpikingSelfAttention(Mixer):
-    r"""Spiking self-attention (Zhou et al. 2022, Spikformer, section 3.2; unchanged in Spikformer V2, 2024).
+    r"""Spiking self-attention (Zhou et al. 2024, Spikformer V2; equations as the code of its first version has them).
 
     For spikes or currents $X_t$ of T steps, each of q, k, v with its own linear map without bias, and one head of width d,
 
