@@ -13,7 +13,7 @@ from attnlab.core.catalog import mixers
 from attnlab.core.contract import StreamingMixer
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
-from attnlab.core.masks import Masks, zero_masked
+from attnlab.core.masks import Masks, token_positions, zero_masked
 from attnlab.core.state import State
 from attnlab.ops.backends import accumulate_dtype
 from attnlab.ops.chunks import full_precision
@@ -110,10 +110,11 @@ class Extractor(StreamingMixer):
         self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None
     ) -> tuple[Float[Tensor, "b n c"], State]:
         """Extract from the tokens before and the new ones."""
-        count = state["position"].unsqueeze(1) + self._counts(x, mask)
-        self._check_room(count)
-        y, carried = self._run(x, count, mask, state)
-        return y, State({**carried, "position": count[:, -1].clone()})
+        index = token_positions(*x.shape[:2], mask, start=state["position"], device=x.device)
+        after = state["position"] + (x.shape[1] if mask is None else mask.sum(dim=1))
+        self._check_room(after)
+        y, carried = self._run(x, index, mask, state)
+        return y, State({**carried, "position": after})
 
     def mix(
         self,
@@ -123,10 +124,10 @@ class Extractor(StreamingMixer):
         grid: Grid,
     ) -> Float[Tensor, "b n c"]:
         """All at once; tables and transforms are no longer than the sequence."""
-        count = self._counts(x, masks.query)
+        index = token_positions(*x.shape[:2], masks.query, device=x.device)
         if x.shape[1] > self.max_length:
-            self._check_room(count)
-        return self._run(x, count, masks.query, None)[0]
+            self._check_room(index[:, -1] + 1)
+        return self._run(x, index, masks.query, None)[0]
 
     @staticmethod
     def _map(dim: int, place: dict[str, Any]) -> nn.Linear:
@@ -134,28 +135,23 @@ class Extractor(StreamingMixer):
         nn.init.normal_(layer.weight, std=dim**-0.5)
         return layer
 
-    @staticmethod
-    def _counts(x: Tensor, mask: Bool[Tensor, "b n"] | None) -> Int[Tensor, "#b n"]:
-        """Real tokens up to and with each token."""
-        return torch.arange(1, x.shape[1] + 1, device=x.device)[None] if mask is None else mask.cumsum(dim=1)
-
-    def _check_room(self, count: Int[Tensor, "#b n"]) -> None:
-        if torch.compiler.is_compiling() or count.is_meta:
+    def _check_room(self, counts: Int[Tensor, "#b"]) -> None:
+        """Refuse more real tokens than there are weights."""
+        if torch.compiler.is_compiling() or counts.is_meta:
             return
-        longest = int(count[:, -1].max())
+        longest = int(counts.max())
         if longest > self.max_length:
             raise ValueError(f"x: expected at most max_length={self.max_length} real tokens in all, got {longest}")
 
     def _run(
-        self, x: Float[Tensor, "b n c"], count: Int[Tensor, "#b n"], mask: Bool[Tensor, "b n"] | None, state: State | None
+        self, x: Float[Tensor, "b n c"], index: Int[Tensor, "#b n"], mask: Bool[Tensor, "b n"] | None, state: State | None
     ) -> tuple[Float[Tensor, "b n c"], dict[str, Tensor]]:
         values = self.v_proj(x)
-        # Before the first real token the count is 0: such tokens are masked, and their values 0.
-        index = (count - 1).clamp(min=0).expand(x.shape[:2])
+        index = index.expand(x.shape[:2])  # a masked token shares that of the real one before it, and has the value 0
         run = self._prefix_sum if self.index == "absolute" else self._convolution
         extraction, carried = run(values.to(accumulate_dtype(x.dtype)), index, mask, state)
         if self.scale == "inverse_sqrt":
-            extraction = extraction * count.clamp(min=1).to(extraction.dtype).rsqrt().unsqueeze(-1)
+            extraction = extraction * (index + 1).to(extraction.dtype).rsqrt().unsqueeze(-1)
         self.emit("extraction", extraction)
         return self.adjust_proj(x) * extraction.to(x.dtype), carried
 
