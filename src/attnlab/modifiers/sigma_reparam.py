@@ -70,7 +70,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 @modifiers.register("sigma_reparam", family="normalisation", paper="sigma-reparam")
 def sigma_reparam(module: nn.Module, *, init: str = "keep", init_std: float = 0.02, stats_only: bool = False) -> nn.Module:
-    r"""SigmaReparam of every linear and convolutional layer (Zhai et al. 2023, section 3): $\hat W = (\gamma / \sigma(W))\, W$.
+    r"""SigmaReparam of every linear and convolutional layer (Zhai et al. 2023): $\hat W = (\gamma / \sigma(W))\, W$.
 
     $\sigma(W)$ is the spectral norm of the weight as a matrix of outputs by inputs, $\gamma$ one learned number a layer. It
     bounds how fast logits grow, and so keeps the entropy of attention (`attnlab.ops.maps.attention_entropy`) from collapsing.

@@ -21,7 +21,7 @@ _TINY = 1e-12  # keeps a token whose scores are all zero from dividing by zero
 
 @reducers.register("low_rank_pooling", family="pooling", paper="lama-low-rank-attention")
 class LowRankPooling(Reducer):
-    r"""m heads pool N tokens to m vectors by a bilinear form of rank k a head (Mehta, Rangwala & Ramakrishnan 2019, section 3).
+    r"""m heads pool N tokens to m vectors by a bilinear form of rank k a head (Mehta, Rangwala & Ramakrishnan 2019).
 
     For tokens $h_t \in \mathbb{R}^D$, their context $c \in \mathbb{R}^D$, and $P, Q \in \mathbb{R}^{D \times mk}$,
 

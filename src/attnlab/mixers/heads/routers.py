@@ -6,11 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-
-def top_k_mask(scores: Float[Tensor, "*s r"], k: int) -> Bool[Tensor, "*s r"]:
-    """True at the k largest of each row; of equal ones the first."""
-    chosen = scores.topk(k, dim=-1).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
+from attnlab.mixers.parts.routing import top_k_mask
 
 
 def balance_loss(

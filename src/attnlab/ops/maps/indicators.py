@@ -34,7 +34,7 @@ def attention_entropy(
 
 
 def entropy_lower_bound(spectral_norm: Float[Tensor, "*s"] | float | int, num_keys: int) -> Float[Tensor, "*s"]:
-    r"""The least entropy of softmax over N logits of spectral norm s (Zhai et al. 2023, theorem 3.1).
+    r"""The least entropy of softmax over N logits of spectral norm s (Zhai et al. 2023).
 
     $$\ln(1 + (N-1)\beta) + \frac{s\sqrt{N(N-1)}\,\beta}{1 + (N-1)\beta}, \qquad \beta = e^{-s\sqrt{N/(N-1)}}$$
 
