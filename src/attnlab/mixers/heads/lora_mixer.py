@@ -13,8 +13,10 @@ from attnlab.mixers.attention import DENSE, AttentionOptions, CachedAttention
 from attnlab.mixers.parts.routed_lora import route_projections
 
 
+# All experts in the example: which of two nearly equal ones the output's router takes depends on the rounding of the attention
+# before it, and no bound on errors in half precision holds across such a choice.
 @mixers.register(
-    "lora_mixer", family="heads", paper="lora-mixer", supports=DENSE, example={"num_experts": 4, "top_k": 2, "rank": 3}
+    "lora_mixer", family="heads", paper="lora-mixer", supports=DENSE, example={"num_experts": 4, "top_k": 4, "rank": 3}
 )
 class LoraMixer(CachedAttention):
     r"""Softmax attention with a mixture of LoRA experts in series with each of its four projections (Li et al. 2025).
@@ -54,7 +56,8 @@ class LoraMixer(CachedAttention):
 
     Differs from the paper: what it leaves open is our reading: which projections share a router, that kept weights are
     renormalised, and the sign of the entropy. With a context the loss counts the queries' tokens alone, and keys and values
-    of another width have a router of their own.
+    of another width have a router of their own. Where two experts weigh nearly the same, the choice in evaluation depends on
+    rounding.
     """
 
     def __init__(
