@@ -51,7 +51,8 @@ class HeterogeneousAttention(Mixer):
         ValueError: for a number of tokens other than ``num_slots``, or ``num_slots`` less than 1.
 
     Differs from the paper: it is built from a description of the method, no authors' code is public. A missing field can be
-    masked. $O_i$ starts with deviation 0.02, for a layer that is to start near the residual stream. The feed-forward of each field is the channel mixer "slot_mlp".
+    masked. $O_i$ starts with deviation 0.02, for a layer that is to start near the residual stream. The feed-forward of each
+    field is the channel mixer "slot_mlp".
     """
 
     def __init__(
@@ -144,9 +145,9 @@ class Hiformer(HeterogeneousAttention):
     Raises:
         ValueError: for a number of tokens other than ``num_slots``, an unknown letter in ``composite``, or a rank below 1.
 
-    Differs from the paper: it is built from a description of the method. A missing field can be masked; it enters the composite maps as zeros. A pair mask is refused, since
-    each composite key holds all fields. ``composite="qkv"`` with ``out_proj=False`` is a public implementation's reading.
-    That only the queries of task tokens are needed in a last layer is the model's to use.
+    Differs from the paper: it is built from a description of the method. A missing field can be masked; it enters the composite
+    maps as zeros. A pair mask is refused, since each composite key holds all fields. ``composite="qkv"`` with ``out_proj=False``
+    is a public implementation's reading. That only the queries of task tokens are needed in a last layer is the model's to use.
     """
 
     def __init__(
