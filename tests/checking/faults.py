@@ -334,3 +334,19 @@ class IgnoresContext(ToyAttention):
 class ContextIsAnother(ToyAttention):
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return super().project(x, None if context is None else context * 1.01)
+
+
+# Packed sequences
+
+
+@plant("packed_sequences", "packed lengths")
+class ReadsTheSequenceBefore(ToyRecurrence):
+    def mix_packed(self, x, lengths):
+        return self.mix(x[None], None, Masks(), (len(x),))[0]
+
+
+@plant("bad_input_packed", "cu_seqlens beyond the tokens")
+class AnyLengths(ToyAttention):
+    def packed(self, x, cu_seqlens):
+        end = int(cu_seqlens[-1])
+        return super().packed(x, cu_seqlens if end < len(x) else cu_seqlens.clamp(max=len(x)))

@@ -61,11 +61,6 @@ class NoGridInFact(ToyAttention):
         return super().mix(x, context, masks, grid)
 
 
-@plant("proves_varlen", "no check of it ran", varlen=True)
-class VarlenWithoutProof(ToyRecurrence):
-    """Promises what no check looks at."""
-
-
 # Flags that deny what works
 
 

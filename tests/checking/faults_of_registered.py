@@ -22,9 +22,11 @@ def registered(name: str) -> type[Mixer]:
 
 @plant("streaming_splits", "in pieces of")
 class WindowForgetsOneKey(registered("sliding_window")):
-    def trim(self, tensor: Tensor, dim: int) -> Tensor:
-        kept = super().trim(tensor, dim)
-        return kept.narrow(dim, 1, kept.shape[dim] - 1) if kept.shape[dim] > self.left else kept
+    def trim(self, state):
+        kept = super().trim(state)
+        if kept["k"].shape[2] <= self.left:
+            return kept
+        return kept.replace(k=kept["k"][:, :, 1:], v=kept["v"][:, :, 1:])
 
 
 @plant("padding_right_equals_shorter", "masked tokens more on the right")

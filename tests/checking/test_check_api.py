@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import attnlab
 from attnlab.checking import ConformanceError, Record, Report
 from attnlab.checking.draw import MASKS, Draw
-from attnlab.checking.suite import PROMISES, conformance
+from attnlab.checking.suite import PROMISES, Promise, conformance
 from attnlab.cli.check import check as check_command
 from attnlab.core.catalog import mixers
 from checking.faults import OneStepLeak, WrongScale
@@ -52,6 +52,14 @@ def test_a_built_mixer_has_to_prove_what_its_form_can() -> None:
     assert report.passed, str(report)
     assert {"cross", "permutation_equivariant"} <= set(report.counts())
     assert not {"causal", "streaming", "state"} & set(report.counts())
+
+
+def test_a_promise_of_which_no_check_ran_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PROMISES, "novelty", Promise(lambda supports: True))
+    report = attnlab.check("softmax")
+    assert [(record.check, record.detail) for record in report.failures] == [
+        ("proves_novelty", "novelty is promised, but no check of it ran")
+    ]
 
 
 def test_global_state_is_left_as_it_is() -> None:

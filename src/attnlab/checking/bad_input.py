@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from attnlab.checking.bench import Bench, Inputs
 from attnlab.checking.outcome import NotApplicable, Violation
@@ -63,6 +64,12 @@ def bad_input(bench: Bench) -> str:
 def bad_input_streaming(bench: Bench) -> str:
     """Pieces and states that do not fit raise the right error, which names the argument."""
     return _demand_errors(mistake for mixer in bench.mixers(causal=True) for mistake in _in_extend(bench, mixer))
+
+
+@conformance(law=8, promise="varlen")
+def bad_input_packed(bench: Bench) -> str:
+    """Packed tokens and lengths that do not fit raise the right error, which names the argument."""
+    return _demand_errors(mistake for mixer in bench.mixers() for mistake in _in_packed(bench, mixer))
 
 
 @conformance(law=8, promise="contract")
@@ -136,6 +143,20 @@ def _in_extend(bench: Bench, mixer: Mixer) -> Iterator[Mistake]:
     if bench.supports.mask:
         mask = torch.ones(2, 4, dtype=torch.bool)
         yield Mistake("mask too long", "mask", ValueError, lambda: mixer.extend(x, state, mask=mask))
+
+
+def _in_packed(bench: Bench, mixer: Mixer) -> Iterator[Mistake]:
+    x = bench.draw.normal(6, mixer.dim)
+
+    def wrong(said: str, argument: str, error: type[Exception], *starts: float | int, tokens: Tensor = x) -> Mistake:
+        return Mistake(said, argument, error, lambda: mixer.packed(tokens, torch.tensor(starts)))
+
+    yield wrong("x of 3 dimensions", "x", ValueError, 0, 6, tokens=x[None])
+    yield wrong("x too wide", "x", ValueError, 0, 6, tokens=torch.cat([x, x], dim=-1))
+    yield wrong("cu_seqlens beyond the tokens", "cu_seqlens", ValueError, 0, 4, 7)
+    yield wrong("cu_seqlens short of the tokens", "cu_seqlens", ValueError, 0, 4)
+    yield wrong("cu_seqlens with an empty sequence", "cu_seqlens", ValueError, 0, 4, 4, 6)
+    yield wrong("cu_seqlens of floats", "cu_seqlens", TypeError, 0.0, 6.0)
 
 
 def _in_constructor(bench: Bench) -> Iterator[Mistake]:

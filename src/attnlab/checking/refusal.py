@@ -86,6 +86,9 @@ def _arguments(bench: Bench, mixer: Mixer) -> Iterator[Request]:
     if not supports.pair_mask:
         pairs = torch.ones(1, 1, n, n, dtype=torch.bool)
         yield Request("pair_mask", lambda: replace(inputs, pair_mask=pairs).apply(mixer), {"pair_mask": True})
+    if not supports.varlen:
+        lengths = torch.tensor([0, n])
+        yield Request("packed sequences", lambda: mixer.packed(x[0], lengths), {"varlen": True})
     if not supports.mixing_matrix:
         yield Request("mixing_matrix", lambda: inputs.matrix(mixer), {"mixing_matrix": True})
     if not supports.streaming or not mixer.causal:

@@ -122,7 +122,7 @@ class Mixer(nn.Module):
             UnsupportedError: if ``info.supports.varlen`` is not promised.
         """
         if not self.supports.varlen:
-            raise self._refusal("packed sequences", "it needs a batch of its own shape", varlen=True)
+            raise self._refusal("packed sequences", "it needs whole examples of its own shape", varlen=True)
         if not isinstance(x, Tensor) or x.dim() != 2:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x: expected 2 dimensions (total, {self.dim}), got {got}")
@@ -180,7 +180,8 @@ class Mixer(nn.Module):
 
     def mix_packed(self, x: Float[Tensor, "t c"], lengths: Sequence[int]) -> Float[Tensor, "t c"]:
         """`packed` on validated input; by default one sequence after the other."""
-        return torch.cat([self.mix(part[None], None, Masks(), (len(part),))[0] for part in x.split(list(lengths))])
+        parts = x.split(list(lengths))
+        return torch.cat([self.mix(part[None], None, Masks(), (len(part) - self.num_prefix,))[0] for part in parts])
 
     def emit(self, name: str, value: Tensor | Callable[[], Tensor]) -> None:
         """Hand ``value`` to an open `attnlab.record`, under this module's path; a function is called only if someone wants it."""

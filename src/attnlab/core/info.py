@@ -25,7 +25,6 @@ class Supports:
         mixing_matrix: the map that multiplies the values can be read out.
         permutation_equivariant: permuting the tokens permutes the output, when not causal.
         batch_coupled: an example's output depends on its neighbours in the batch, by definition.
-        varlen: packed batches by cumulative lengths.
         state: size of the streaming state: "none", "bounded", or "grows" with the tokens seen.
         tokens_option: name of the constructor's option that fixes how many tokens there are; None takes any number.
         cost: exponent of n in the time and memory of a forward pass.
@@ -40,14 +39,18 @@ class Supports:
     mixing_matrix: bool = False
     permutation_equivariant: bool = False
     batch_coupled: bool = False
-    varlen: bool = False
     state: StateSize = "none"
     tokens_option: str | None = None
     cost: float | int = 2.0
 
+    @property
+    def varlen(self) -> bool:
+        """Packed sequences by cumulative lengths: whatever takes a sequence of any length and looks at no other example."""
+        return 1 in self.grid and not self.batch_coupled and self.tokens_option is None
+
     def matches(self, **wanted: object) -> bool:
         """Whether this has what is wanted: ``causal=True``, ``grid=2``, ``streaming=True``, ..."""
-        known = {f.name for f in fields(self)}
+        known = {f.name for f in fields(self)} | {"varlen"}
         for name, value in wanted.items():
             if name not in known:
                 raise ValueError(f"filter {name!r}: expected one of {sorted(known)}")

@@ -65,6 +65,9 @@ def sequence_lengths(cu_seqlens: Int[Tensor, "s"], total: int) -> list[int]:
 def pack(tokens: Tokens) -> Tokens:
     """The real tokens of a batch one behind the other, (1, total, channels); the inverse is `unpack`.
 
+    Gaps inside a sequence are closed: what counts places (convolutions, windows, distances) sees neighbours where there was
+    padding between.
+
     Raises:
         ValueError: if an example has no real token, or the tokens have a grid, a prefix or streams, which a line cannot carry.
     """

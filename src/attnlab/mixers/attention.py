@@ -27,7 +27,6 @@ DENSE = Supports(
     grid=frozenset({1, 2, 3}),
     mixing_matrix=True,
     permutation_equivariant=True,
-    varlen=True,
     state="grows",
     cost=2.0,
 )
@@ -178,8 +177,8 @@ class AttentionMixer(Mixer):
         return q, k, v
 
     def place(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None) -> Int[Tensor, "#b n"]:
-        """The index of each token of a whole sequence among the real ones."""
-        return token_positions(*x.shape[:2], mask, device=x.device)
+        """The index of each token of a whole sequence, among the real ones where the position wants that."""
+        return token_positions(*x.shape[:2], mask if self.position.skips_padding else None, device=x.device)
 
     def join(
         self, heads: Float[Tensor, "b h n e"], x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None
@@ -279,7 +278,8 @@ class CachedAttention(AttentionMixer, StreamingMixer):
     ) -> tuple[Float[Tensor, "b n c"], State]:
         """Attend over the kept keys and the new ones."""
         n, kept = x.shape[1], state["k"].shape[2]
-        index = token_positions(x.shape[0], n, mask, start=state["position"], device=x.device)
+        counted = mask if self.position.skips_padding else None
+        index = token_positions(x.shape[0], n, counted, start=state["position"], device=x.device)
         q, k, v = self.project(x, index=index)
         after = state.grow(2, k=k, v=v)
         real = state["real"]
@@ -287,5 +287,5 @@ class CachedAttention(AttentionMixer, StreamingMixer):
             past = real if real.shape[1] == kept else real.new_ones(x.shape[0], kept)
             real = torch.cat((past, real.new_ones(x.shape[0], n) if mask is None else mask), dim=1)
         heads = self.attend(q, after["k"], after["v"], Masks(mask, real if real.shape[1] else None), None)
-        after = self.trim(after.replace(real=real, position=state["position"] + (n if mask is None else mask.sum(dim=1))))
+        after = self.trim(after.replace(real=real, position=state["position"] + (n if counted is None else counted.sum(dim=1))))
         return self.join(heads, x, mask), after

@@ -27,6 +27,8 @@ class LearnedPosition(Position):
     Differs from the usual form, which adds to the tokens: values carry no position here, and each mixer has its own table.
     """
 
+    skips_padding = True
+
     def __init__(self, num_heads: int, head_dim: int, *, max_length: int = 1024, std: float = 0.02) -> None:
         super().__init__(num_heads, head_dim)
         if max_length < 1:
@@ -55,6 +57,7 @@ class SinusoidalPosition(Position):
     Differs from the paper: added to queries and keys, not to the tokens, so that values carry no position.
     """
 
+    skips_padding = True
     rates: Tensor
 
     def __init__(self, num_heads: int, head_dim: int, *, base: float = 10000.0, scale: float | None = None) -> None:

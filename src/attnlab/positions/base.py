@@ -29,6 +29,8 @@ class Position(nn.Module):
 
     reads_future: ClassVar[bool] = False
     """Whether it mixes in later tokens by itself, so that no causal attention can have it."""
+    skips_padding: ClassVar[bool] = False
+    """Whether ``index`` counts real tokens alone, so that padding on the left shifts nothing; distances need not care."""
     reads_values: ClassVar[bool] = False
     """Whether it overrides `local`."""
 
@@ -37,7 +39,7 @@ class Position(nn.Module):
         self.num_heads, self.head_dim = num_heads, head_dim
 
     def encode(self, x: Float[Tensor, "b h n d"], index: Int[Tensor, "#b n"]) -> Float[Tensor, "b h n d"]:
-        """Queries or keys with their position in them; ``index`` counts real tokens from the start of the sequence."""
+        """Queries or keys with their position in them; ``index`` counts tokens from the start of the sequence."""
         return x
 
     def bias(
