@@ -36,7 +36,8 @@ class GraphAdapter(AttentionMixer):
     ) -> Float[Tensor, "b h n m"]:
         """The softmax map."""
         bias = self.position.bias(q, k.shape[2], causal=self.causal, grid=grid)
-        return attention_map(q, k, pairs_of(q, k, masks, causal=self.causal), bias=bias)
+        factor = self.position.factor(q, k.shape[2], causal=self.causal, grid=grid)
+        return attention_map(q, k, pairs_of(q, k, masks, causal=self.causal), bias=bias, factor=factor)
 
     def attend(
         self,
@@ -57,7 +58,7 @@ class GraphAdapter(AttentionMixer):
         grid: Grid,
     ) -> Float[Tensor, "b h n m"]:
         """The map."""
-        q, k, _ = self.project(x, context)
+        q, k, _ = self.project(x, context, self.place(x, masks.query))
         return self.adjacency(q, k, masks, grid)
 
     def mix(
@@ -68,13 +69,13 @@ class GraphAdapter(AttentionMixer):
         grid: Grid,
     ) -> Float[Tensor, "b n c"]:
         """Attention, and the update."""
-        q, k, v = self.project(x, context)
+        q, k, v = self.project(x, context, self.place(x, masks.query))
         graph = self.adjacency(q, k, masks, grid)
         heads = graph @ v
         self.emit("values", v)
         self.emit("mixed", heads)
         self.emit("attention", graph)
-        y = self.join(heads, x, masks.query)
+        y = self.join(self._with_local(heads, v, grid, masks.key), x, masks.query)
         return y + self.update(x, y, graph, q, v, masks)
 
     def update(

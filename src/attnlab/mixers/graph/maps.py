@@ -18,9 +18,10 @@ def attention_map(
     *,
     scale: float | None = None,
     bias: Float[Tensor, "#b #h #n #m"] | Pairwise | None = None,
+    factor: Float[Tensor, "#b #h #n #m"] | Pairwise | None = None,
     normalizer: str = "softmax",
 ) -> Float[Tensor, "b h n m"]:
-    r"""$A = \mathrm{normalizer}(s\, q k^\top + b)$: what multiplies the values in attention, without any values.
+    r"""$A = c \odot \mathrm{normalizer}(s\, q k^\top + b)$: what multiplies the values in attention, without any values.
 
     Graph mechanisms compute with the map itself, so that it is formed: memory O(n m) a head.
 
@@ -29,13 +30,16 @@ def attention_map(
         k: keys.
         allowed: pairs that may be used; the others have weight 0. None allows all.
         scale: s; by default d ** -0.5.
-        bias: added to the scaled products.
+        bias: b, added to the scaled products.
+        factor: c, multiplies the weights.
         normalizer: as `attnlab.ops.attention.attention` takes it.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits = torch.matmul(q, k.transpose(-1, -2)) * scale
     term = Pairwise.of(bias).expanded(q, k.shape[2], scale)
-    return masked_weights(logits if term is None else logits + term, allowed, create_normalizer(normalizer))
+    weights = masked_weights(logits if term is None else logits + term, allowed, create_normalizer(normalizer))
+    edit = Pairwise.of(factor).expanded(q, k.shape[2], scale)
+    return weights if edit is None else weights * edit
 
 
 def pairs_of(q: Tensor, k: Tensor, masks: Masks, *, causal: bool) -> Bool[Tensor, "#b #h #n #m"] | None:
