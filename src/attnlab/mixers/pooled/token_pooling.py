@@ -1,4 +1,4 @@
-"""Token-aware average pooling: each token chooses how large a neighbourhood it is averaged over before it is mixed."""
+"""Token-aware average pooling: each token chooses the neighbourhood it is averaged over before it is mixed."""
 
 from __future__ import annotations
 
