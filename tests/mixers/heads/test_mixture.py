@@ -152,6 +152,10 @@ def test_what_the_experts_cannot_the_mixture_refuses():
         pooled(torch.randn(1, 4, 8), torch.randn(1, 3, 8))
     slots = create_mixer("mixture_of_attention", 8, 2, expert="hiformer", expert_options={"num_slots": 5})
     assert slots.fixed_tokens == 5 and slots(torch.randn(1, 5, 8)).shape == (1, 5, 8)
+    with pytest.raises(ValueError, match="x: expected 5 tokens as num_slots says, got 4"):
+        slots(torch.randn(1, 4, 8))
+    with pytest.raises(UnsupportedError, match="packed"):
+        slots.packed(torch.randn(10, 8), torch.tensor([0, 5, 10]))
 
 
 def test_bad_options_are_named():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -80,8 +79,7 @@ class MixtureOfAttention(StreamingMixer):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        promises = mixer_info(expert).supports if not experts else experts[0].supports
-        self._promises = replace(promises, tokens_option=None)
+        self._promises = mixer_info(expert).supports if not experts else experts[0].supports
         super().__init__(dim, num_heads, causal=causal)
         num_experts = num_experts if experts is None else len(experts)
         if num_experts < 1:
