@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnlab.mixers.graph.p_laplacian_adapter import PLaplacianUpdate
+from attnlab import create_mixer
+from attnlab.core.masks import Masks
 from golden.recording import Recording, fill, renamed
 
 PROVES = ("mixer:p_laplacian_adapter",)
@@ -23,31 +24,31 @@ _NAMES = {
 def _run(recording: Recording, name: str, config: dict) -> dict[str, Tensor]:
     dim, heads, keys = config["dim"], config["heads"], config["Nk"]
     weights = recording.parameters(f"{name}.")
-    adapter = PLaplacianUpdate(
+    mixer = create_mixer(
+        "p_laplacian_adapter",
         dim,
         heads,
         p=config["p"],
         learned_p=config["learnable_p"],
         mu=config["mu"],
         reduction=config["reduction"],
+        graph="bipartite" if keys else "self",
     ).to(recording.dtype)
-    fill(adapter, renamed(weights, _NAMES))
-
-    def project(tokens: Tensor) -> Tensor:
-        return F.linear(tokens, weights["dense.weight"], weights["dense.bias"])
-
+    fill(mixer.out_proj, {kind: weights[f"dense.{kind}"] for kind in ("weight", "bias")})
+    fill(mixer.adapter, renamed(weights, _NAMES))
     context = recording.leaf(f"in/{name}.context")
-    graph, nodes, queries = recording[f"in/{name}.adjacency"], recording[f"in/{name}.nodes"], None
+    graph = recording[f"in/{name}.adjacency"]
+    nodes = recording[f"in/{name}.nodes"].unflatten(-1, (heads, -1)).transpose(1, 2)
+    q = v = nodes
     if keys:
         # The recorded graph has queries and keys in one matrix; what queries receive is its upper right block.
         start = graph.shape[-1] - keys
         assert torch.equal(graph[..., :start, :start], torch.zeros_like(graph[..., :start, :start]))
-        graph, nodes, queries = graph[..., :start, start:], nodes[:, start:], project(nodes[:, :start])
-    y = project(context)
-    y = y + adapter(y, graph, project(nodes), queries)
-    y = y + recording[f"in/{name}.residual"]
-    eps = 1e-12  # of the frozen model's LayerNorm
-    y = F.layer_norm(y, (dim,), weights["LayerNorm.weight"], weights["LayerNorm.bias"], eps)
+        graph, q, v = graph[..., :start, start:], nodes[:, :, :start], nodes[:, :, start:]
+    # What was recorded begins behind the map, and ends with the residual and the frozen model's LayerNorm.
+    y = mixer.out_proj(context)
+    y = y + mixer.update(context, y, graph, q, v, Masks()) + recording[f"in/{name}.residual"]
+    y = F.layer_norm(y, (dim,), weights["LayerNorm.weight"], weights["LayerNorm.bias"], 1e-12)
     (y * recording[f"in/{name}.w"]).sum().backward()
     return {f"out/{name}.y": y, f"grad/{name}.context": context.grad}
 
