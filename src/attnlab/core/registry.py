@@ -121,7 +121,17 @@ class Registry(Generic[T]):
 
 
 _REGISTRIES: dict[str, Registry[Any]] = {}
-_ROOMS = ("core.catalog", "positions", "modifiers", "channel_mixers", "reducers", "models", "objectives", "tasks")
+_ROOMS = (
+    "core.catalog",
+    "ops.executions",
+    "positions",
+    "modifiers",
+    "channel_mixers",
+    "reducers",
+    "models",
+    "objectives",
+    "tasks",
+)
 
 
 def all_registries() -> dict[str, Registry[Any]]:

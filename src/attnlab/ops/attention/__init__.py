@@ -74,16 +74,5 @@ def attention(
     check_pairwise("factor", factor, shape, None)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    run = ATTENTION(backend, q)
-    return run(
-        q,
-        k,
-        v,
-        scale=scale,
-        bias=bias,
-        factor=factor,
-        causal=causal,
-        key_mask=key_mask,
-        pair_mask=pair_mask,
-        normalizer=normalizer,
-    )
+    masks = {"causal": causal, "key_mask": key_mask, "pair_mask": pair_mask}
+    return ATTENTION(backend, q)(q, k, v, scale=scale, bias=bias, factor=factor, normalizer=normalizer, **masks)

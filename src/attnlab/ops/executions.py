@@ -1,0 +1,62 @@
+"""Ways to compute exact softmax attention: one function, several orders of work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from attnlab.core.registry import Registry
+
+
+@dataclass
+class Counts:
+    """What a way of computing costs, counted while it runs.
+
+    Args:
+        passes: how often the keys are gone through from end to end.
+        reads: elements of keys, values and stored logits or weights read.
+        exponentials: evaluations of exp on weights (not on the corrections of maxima).
+        divisions: divisions.
+        live: most elements of logits and weights that exist at once.
+    """
+
+    passes: int = 0
+    reads: int = 0
+    exponentials: int = 0
+    divisions: int = 0
+    live: int = 0
+
+
+class Execution(Protocol):
+    """``execution(q, k, v, lengths=..., counts=...)``: softmax attention with scale d ** -0.5, exactly.
+
+    Queries, keys and values are (b, h, n, d), (b, h, m, d) and (b, h, m, e); ``lengths`` (b,) is how many keys of each example
+    are real, the rest is padding on the right; ``counts`` is added to.
+    """
+
+    def __call__(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b h m d"],
+        v: Float[Tensor, "b h m e"],
+        *,
+        lengths: Int[Tensor, "b"] | None = None,
+        counts: Counts | None = None,
+    ) -> Float[Tensor, "b h n e"]:
+        """The attention's output; 0 for an example without keys."""
+        ...
+
+
+executions: Registry[object] = Registry("execution", "attnlab.ops")
+"""All `Execution` functions by name."""
+
+
+def real_keys(lengths: Int[Tensor, "b"] | None, start: int, stop: int) -> Bool[Tensor, "b 1 1 m"] | None:
+    """True at the real ones of the keys from ``start`` to ``stop``."""
+    if lengths is None:
+        return None
+    return (torch.arange(start, stop, device=lengths.device) < lengths[:, None])[:, None, None]
