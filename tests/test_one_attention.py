@@ -1,0 +1,59 @@
+"""The dense operator is one: nothing outside ``ops/`` turns scores over tokens into attention by itself."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "attnlab"
+NAMES = {"softmax", "log_softmax", "_softmax", "logsumexp", "Softmax", "scaled_dot_product_attention", "MultiheadAttention"}
+
+# A softmax that is not attention over tokens, and why. An entry that is no longer needed fails the test.
+ALLOWED = {
+    "mixers/channel/channel_group.py": "channels attend to channels: d x d maps",
+    "mixers/heads/mixture.py": "a gate over experts",
+    "mixers/heads/routers.py": "a gate over heads",
+    "mixers/parts/routed_lora.py": "a gate over experts",
+    "mixers/pooled/token_pooling.py": "a gate over scales of pooling",
+    "models/sampling.py": "probabilities of the next token",
+    "reducers/low_rank_pooling.py": "weights of a pooling, which has no queries and keys",
+}
+
+
+def calls(text: str) -> list[int]:
+    """Lines on which something of `NAMES` is called."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in NAMES:
+                found.append(node.lineno)
+    return found
+
+
+def test_softmax_attention_has_one_implementation() -> None:
+    found = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        place = path.relative_to(SOURCE).as_posix()
+        if not place.startswith("ops/") and (lines := calls(path.read_text(encoding="utf-8"))):
+            found[place] = lines
+    unknown = {place: lines for place, lines in found.items() if place not in ALLOWED}
+    assert not unknown, f"call attnlab.ops.attention, or give a reason in ALLOWED: {unknown}"
+    assert not set(ALLOWED) - set(found), f"no longer needed in ALLOWED: {set(ALLOWED) - set(found)}"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("w = torch.softmax(q @ k.mT, -1)", True),
+        ("w = (q @ k.mT).softmax(-1)", True),
+        ("o = F.scaled_dot_product_attention(q, k, v)", True),
+        ("m = nn.MultiheadAttention(8, 2)", True),
+        ("o = attention(q, k, v, normalizer='softmax')", False),
+        ("'softmax(q k) v'", False),
+    ],
+)
+def test_planted_calls_are_judged(text: str, found: bool) -> None:
+    assert bool(calls(text)) == found
