@@ -69,6 +69,31 @@ def test_urpe_multiplies_the_normalised_map(causal) -> None:
         torch.testing.assert_close(mixer.mixing_matrix(x)[b, h, i, : len(place)], expected)
 
 
+@pytest.mark.tier("T2", "position:urpe")
+def test_urpe_in_signed_log_buckets() -> None:
+    position = _perturbed("urpe", buckets="log", num_buckets=16, max_distance=20)
+
+    def bucket(offset: int) -> int:
+        size = abs(offset)
+        if size >= 4:
+            size = min(4 + int(math.log(size / 4) / math.log(20 / 4) * 4), 7)
+        return size if offset >= 0 else -size
+
+    for of, table in (("bias", position.shift), ("factor", position.weight)):
+        dense = _dense(position, 30, 30, of=of)
+        assert table.shape == (2, 15)
+        for i, j in itertools.product(range(30), range(30)):
+            assert torch.equal(dense[:, i, j], table[:, bucket(j - i) + 7])
+
+
+@pytest.mark.parametrize(
+    "options", [{"buckets": "linear"}, {"num_buckets": 6}, {"buckets": "log", "max_distance": 8}, {"max_distance": 0}]
+)
+def test_bad_options_of_urpe(options) -> None:
+    with pytest.raises(ValueError, match=f"{list(options)[-1]}: expected"):
+        create_position("urpe", 2, 4, options)
+
+
 def test_a_bias_alone_cannot_tell_positions_of_equal_tokens_apart_but_urpe_can() -> None:
     same = torch.randn(1, 1, 8).expand(1, 5, 8)
     for name, tells in (("relative", False), ("buckets", False), ("urpe", True)):
