@@ -1,5 +1,7 @@
 r"""What an attention map says of itself: entropy and its bound, concentration, head diversity, sink and local focus.
 
+And what activations say of their outliers: the largest entry and the kurtosis.
+
 Maps are $A \in \mathbb{R}^{b \times h \times n \times m}$, rows the weights of one query, not negative. Masks are True at real
 tokens; masked queries, masked keys and rows without any weight are left out of every mean. The last query stands at the last key.
 """
@@ -14,5 +16,15 @@ from attnlab.ops.maps.indicators import (
     local_focus,
     sink,
 )
+from attnlab.ops.maps.outliers import inf_norm, kurtosis
 
-__all__ = ["attention_entropy", "concentration", "entropy_lower_bound", "head_diversity", "local_focus", "sink"]
+__all__ = [
+    "attention_entropy",
+    "concentration",
+    "entropy_lower_bound",
+    "head_diversity",
+    "inf_norm",
+    "kurtosis",
+    "local_focus",
+    "sink",
+]
