@@ -7,7 +7,7 @@ from torch import Tensor
 from attnlab import create_mixer, record
 from golden.recording import Recording, fill, renamed, rows
 
-PROVES = ("mixer:moh",)
+PROVES = ("mixer:moh", "position:log_cpb")
 
 
 def _run(recording: Recording, name: str, config: dict) -> dict[str, Tensor]:
