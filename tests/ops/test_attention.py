@@ -125,7 +125,9 @@ def test_bad_input() -> None:
         attention(q[:, :3], k, v)
     with pytest.raises(ValueError, match="4 dimensions"):
         attention(q[0], k, v)
-    with pytest.raises(ValueError, match=r"k, v: expected shapes"):
+    with pytest.raises(ValueError, match="k, v: expected shapes"):
+        attention(q, k, v[:, :, :3])
+    with pytest.raises(ValueError, match="k: expected shape"):
         attention(q, k[..., :3], v)
     with pytest.raises(UnknownNameError, match="did you mean 'softmax'"):
         attention(q, k, v, normalizer="softmx")

@@ -22,6 +22,10 @@ class Masks(NamedTuple):
     key: Bool[Tensor, "b m"] | None = None
     pair: Bool[Tensor, "#b #h n m"] | None = None
 
+    def allowed(self, num_queries: int, num_keys: int, *, causal: bool, device: torch.device) -> Tensor | None:
+        """The pairs (#b, #h, #n, #m) that causality and the masks of keys and pairs allow; None for all."""
+        return allowed_pairs(num_queries, num_keys, causal=causal, key_mask=self.key, pair_mask=self.pair, device=device)
+
 
 def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:
     """Refuse a mask that is not boolean (TypeError) or not of ``shape`` (ValueError)."""

@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 from attnlab.core.grid import Grid
 from attnlab.core.masks import Masks
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
-from attnlab.mixers.graph.maps import attention_map, pairs_of
+from attnlab.ops.attention import attention_map
 
 
 class GraphAdapter(AttentionMixer):
@@ -37,7 +37,7 @@ class GraphAdapter(AttentionMixer):
         """The softmax map."""
         bias = self.position.bias(q, k.shape[2], causal=self.causal, grid=grid)
         factor = self.position.factor(q, k.shape[2], causal=self.causal, grid=grid)
-        return attention_map(q, k, pairs_of(q, k, masks, causal=self.causal), bias=bias, factor=factor)
+        return attention_map(q, k, bias=bias, factor=factor, causal=self.causal, key_mask=masks.key, pair_mask=masks.pair)
 
     def attend(
         self,

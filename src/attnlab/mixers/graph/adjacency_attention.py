@@ -16,8 +16,7 @@ from attnlab.core.grid import Grid
 from attnlab.core.masks import Masks
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
 from attnlab.mixers.graph.adjacency import Shaping
-from attnlab.mixers.graph.maps import attention_map, pairs_of
-from attnlab.ops.attention.normalizers import create_normalizer, masked_weights
+from attnlab.ops.attention import attention_map
 
 
 class ScoreOptions(AttentionOptions, total=False):
@@ -140,18 +139,24 @@ class AdjacencyAttention(AttentionMixer):
         self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], masks: Masks, grid: Grid | None
     ) -> Float[Tensor, "b h n m"]:
         """The adjacency."""
-        allowed = pairs_of(q, k, masks, causal=self.causal)
+        allowed = masks.allowed(q.shape[2], k.shape[2], causal=self.causal, device=q.device)
+        slots: dict[str, Any] = {
+            "causal": self.causal,
+            "key_mask": masks.key,
+            "pair_mask": masks.pair,
+            "normalizer": self.normalizer,
+        }
         heat = 1.0 / self.temperature if self.sharpening is None else self.sharpening / self.temperature
         if self.scorer is not None:
             rows, columns = (rearrange(t, "b h n d -> b n (h d)") for t in (q, k))
             scores = self.scorer(F.silu(rows.unsqueeze(2) + columns.unsqueeze(1))).movedim(-1, 1) * heat
-            return self.shaping(masked_weights(scores, allowed, create_normalizer(self.normalizer)), allowed)
+            no_q, no_k = (t.new_zeros(*t.shape[:3], 1) for t in (q, k))  # the scores are the logits
+            return self.shaping(attention_map(no_q, no_k, bias=scores, **slots), allowed)
         maps = []
         for q_part, k_part in zip(q.split(self.head_dim, dim=-1), k.split(self.head_dim, dim=-1), strict=True):
             bias = self.position.bias(q_part, k.shape[2], causal=self.causal, grid=grid)
             edit = self.position.factor(q_part, k.shape[2], causal=self.causal, grid=grid)
-            part = attention_map(q_part * heat, k_part, allowed, bias=bias, factor=edit, normalizer=self.normalizer)
-            maps.append(part)
+            maps.append(attention_map(q_part * heat, k_part, bias=bias, factor=edit, **slots))
         whole = maps[0] if self.difference is None else maps[0] - self.difference * maps[1]
         return self.shaping(whole, allowed)
 

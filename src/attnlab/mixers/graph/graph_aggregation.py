@@ -15,7 +15,6 @@ from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.mixers.graph.adjacency_attention import AdjacencyAttention, ScoreOptions
 from attnlab.mixers.graph.head_mlp import HeadMLP
-from attnlab.mixers.graph.maps import pairs_of
 
 
 @mixers.register(
@@ -101,7 +100,7 @@ class GraphAggregationAttention(AdjacencyAttention):
         masks: Masks,
     ) -> Float[Tensor, "b h n e4"]:
         """Sum, mean, maximum and variance of the messages; 0 where there are none."""
-        allowed = pairs_of(q, v, masks, causal=self.causal)
+        allowed = masks.allowed(q.shape[2], v.shape[2], causal=self.causal, device=q.device)
         if allowed is None:
             allowed = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=v.device)
         allowed = allowed.expand(*allowed.shape[:2], graph.shape[2], graph.shape[3])

@@ -16,7 +16,6 @@ from attnlab.mixers.attention import AttentionOptions
 from attnlab.mixers.graph.adapter import GraphAdapter
 from attnlab.mixers.graph.adjacency import Shaping
 from attnlab.mixers.graph.head_mlp import HeadMLP
-from attnlab.mixers.graph.maps import pairs_of
 
 
 @mixers.register(
@@ -95,7 +94,7 @@ class SparseIsomorphicAdapter(GraphAdapter):
         masks: Masks,
     ) -> Float[Tensor, "b n c"]:
         """The GIN layer on the mean map; a pair is in it if any head allows it."""
-        allowed = pairs_of(q, v, masks, causal=self.causal)
+        allowed = masks.allowed(q.shape[2], v.shape[2], causal=self.causal, device=q.device)
         if allowed is not None:
             allowed = allowed.any(dim=1, keepdim=True)
         adjacency = self.shaping(graph.mean(dim=1, keepdim=True), allowed)

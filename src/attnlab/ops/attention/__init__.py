@@ -9,6 +9,8 @@ over the pairs that all masks allow. Pairs that are not allowed have weight 0, a
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from attnlab.ops.backends import Op
 
 ATTENTION = Op("attention", {"reference": reference.attention, "eager": eager.attention})
 
-__all__ = ["ATTENTION", "NORMALIZERS", "ClippedSoftmax", "Normalizer", "Pairwise", "TopKSoftmax", "attention"]
+__all__ = ["ATTENTION", "NORMALIZERS", "ClippedSoftmax", "Normalizer", "Pairwise", "TopKSoftmax", "attention", "attention_map"]
 
 
 def attention(
@@ -57,22 +59,54 @@ def attention(
         ValueError: for shapes that do not fit.
         UnknownNameError: for an unknown normaliser or backend.
     """
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(
-            f"q, k, v: expected 4 dimensions (b, heads, tokens, width), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
-    if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        shapes = f"{tuple(k.shape)} and {tuple(v.shape)}"
-        raise ValueError(f"k, v: expected shapes (b, hk, m, d) and (b, hk, m, e) for q {tuple(q.shape)}, got {shapes}")
+    if v.dim() != 4 or k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k, v: expected shapes (b, hk, m, d) and (b, hk, m, e), got {tuple(k.shape)} and {tuple(v.shape)}")
+    slots = _slots(q, k, scale, bias, factor, normalizer)
+    return ATTENTION(backend, q)(q, k, v, causal=causal, key_mask=key_mask, pair_mask=pair_mask, **slots)
+
+
+def attention_map(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b hk m d"],
+    *,
+    scale: float | None = None,
+    bias: Float[Tensor, "#b #h #n #m"] | Pairwise | None = None,
+    factor: Float[Tensor, "#b #h #n #m"] | Pairwise | None = None,
+    causal: bool = False,
+    key_mask: Bool[Tensor, "b m"] | None = None,
+    pair_mask: Bool[Tensor, "#b #h n m"] | None = None,
+    normalizer: str | Normalizer = "softmax",
+) -> Float[Tensor, "b h n m"]:
+    """What `attention` multiplies the values by, $c_{ij} w_{ij}$, formed: for mechanisms that compute with the map itself.
+
+    Arguments and errors are those of `attention`. Memory O(n m) a head.
+    """
+    slots = _slots(q, k, scale, bias, factor, normalizer)
+    return reference.attention_map(q, k, causal=causal, key_mask=key_mask, pair_mask=pair_mask, **slots)
+
+
+def _slots(
+    q: Tensor,
+    k: Tensor,
+    scale: float | None,
+    bias: Tensor | Pairwise | None,
+    factor: Tensor | Pairwise | None,
+    normalizer: str | Normalizer,
+) -> dict[str, Any]:
+    """The slots as the implementations take them, checked."""
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"q, k: expected 4 dimensions (b, heads, tokens, width), got {tuple(q.shape)} and {tuple(k.shape)}")
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(f"k: expected shape (b, hk, m, d) for q {tuple(q.shape)}, got {tuple(k.shape)}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"k: expected a number of heads that divides the {q.shape[1]} of q, got {k.shape[1]}")
-    if isinstance(normalizer, str):
-        normalizer = create_normalizer(normalizer)
     bias, factor = Pairwise.of(bias), Pairwise.of(factor)
     shape = (*q.shape[:3], k.shape[2])
     check_pairwise("bias", bias, shape, q.shape[3])
     check_pairwise("factor", factor, shape, None)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    masks = {"causal": causal, "key_mask": key_mask, "pair_mask": pair_mask}
-    return ATTENTION(backend, q)(q, k, v, scale=scale, bias=bias, factor=factor, normalizer=normalizer, **masks)
+    return {
+        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+        "bias": bias,
+        "factor": factor,
+        "normalizer": create_normalizer(normalizer) if isinstance(normalizer, str) else normalizer,
+    }

@@ -12,6 +12,31 @@ from attnlab.ops.attention.normalizers import Normalizer, masked_weights
 from attnlab.ops.attention.pairwise import Pairwise
 
 
+def attention_map(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b hk m d"],
+    *,
+    scale: float,
+    bias: Pairwise,
+    factor: Pairwise,
+    causal: bool,
+    key_mask: Bool[Tensor, "b m"] | None,
+    pair_mask: Bool[Tensor, "#b #h n m"] | None,
+    normalizer: Normalizer,
+) -> Float[Tensor, "b h n m"]:
+    """What multiplies the values, formed; see `attnlab.ops.attention.attention_map`."""
+    n, m = q.shape[2], k.shape[2]
+    grouped = rearrange(q, "b (hk g) n d -> b hk g n d", hk=k.shape[1])
+    logits = torch.einsum("bkgnd,bkmd->bkgnm", grouped, k).flatten(1, 2) * scale
+    term = bias.expanded(q, m, scale)
+    if term is not None:
+        logits = logits + term
+    allowed = allowed_pairs(n, m, causal=causal, key_mask=key_mask, pair_mask=pair_mask, device=q.device)
+    weights = masked_weights(logits, allowed, normalizer)
+    edit = factor.expanded(q, m, scale)
+    return weights if edit is None else weights * edit
+
+
 def attention(
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b hk m d"],
@@ -26,16 +51,16 @@ def attention(
     normalizer: Normalizer,
 ) -> Float[Tensor, "b h n e"]:
     """The oracle; see `attnlab.ops.attention.attention`."""
-    n, m = q.shape[2], k.shape[2]
-    grouped = rearrange(q, "b (hk g) n d -> b hk g n d", hk=k.shape[1])
-    logits = torch.einsum("bkgnd,bkmd->bkgnm", grouped, k).flatten(1, 2) * scale
-    term = bias.expanded(q, m, scale)
-    if term is not None:
-        logits = logits + term
-    allowed = allowed_pairs(n, m, causal=causal, key_mask=key_mask, pair_mask=pair_mask, device=q.device)
-    weights = masked_weights(logits, allowed, normalizer)
-    edit = factor.expanded(q, m, scale)
-    if edit is not None:
-        weights = weights * edit
+    weights = attention_map(
+        q,
+        k,
+        scale=scale,
+        bias=bias,
+        factor=factor,
+        causal=causal,
+        key_mask=key_mask,
+        pair_mask=pair_mask,
+        normalizer=normalizer,
+    )
     weights = rearrange(weights, "b (hk g) n m -> b hk g n m", hk=k.shape[1])
     return torch.einsum("bkgnm,bkme->bkgne", weights, v).flatten(1, 2)
