@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attnlab.core.errors import UnknownNameError, UnsupportedError, nearest
 from attnlab.core.masks import zero_masked
+from attnlab.mixers.parts.group_norm import group_norm
 
 
 class Norm(nn.Module):
@@ -85,13 +86,7 @@ class GroupNorm(Norm):
 
     def forward(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n c"]:
         """Normalise each example over all its real tokens and channels."""
-        if mask is None:
-            return F.group_norm(x.transpose(1, 2), 1, self.weight, self.bias, 1e-5).transpose(1, 2)
-        x = zero_masked(x, mask)
-        count = mask.sum(1).clamp(min=1).to(x.dtype)[:, None, None] * x.shape[2]
-        centred = zero_masked(x - x.sum((1, 2), keepdim=True) / count, mask)
-        variance = centred.square().sum((1, 2), keepdim=True) / count
-        return zero_masked(centred * (variance + 1e-5).rsqrt() * self.weight + self.bias, mask)
+        return group_norm(x, self.weight, self.bias, mask)
 
 
 _KINDS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm, "group_norm": GroupNorm}

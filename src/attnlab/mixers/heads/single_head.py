@@ -106,7 +106,7 @@ class SingleHeadAttention(Mixer):
     def _project(
         self, x: Float[Tensor, "b n c"], masks: Masks
     ) -> tuple[Float[Tensor, "b 1 n d"], Float[Tensor, "b 1 n d"], Float[Tensor, "b 1 n p"]]:
-        part = group_norm(x[..., : self.attended], self.norm, masks.query)
+        part = group_norm(x[..., : self.attended], self.norm.weight, self.norm.bias, masks.query)
         qkv = self.qkv(part, (x.shape[1],), masks.query).unsqueeze(1)
         q, k, v = qkv.split([self.key_dim, self.key_dim, self.attended], dim=-1)
         return q, k, v
