@@ -94,6 +94,12 @@ class QuantizableAttention(CachedAttention):
             return Mixer.init_state(self, batch_size)
         return super().init_state(batch_size, device=device, dtype=dtype)
 
+    def extend(
+        self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None = None
+    ) -> tuple[Float[Tensor, "b n c"], State]:
+        """The next n >= 1 tokens; UnsupportedError where gates average over tokens."""
+        return super().extend(x, state, mask=mask) if self.supports.streaming else Mixer.extend(self, x, state, mask=mask)
+
     def mix_packed(self, x: Float[Tensor, "t c"], lengths: Sequence[int]) -> Float[Tensor, "t c"]:
         """All projections at once, or a sequence at a time where gates average over one."""
         return Mixer.mix_packed(self, x, lengths) if self.reads_all else super().mix_packed(x, lengths)
