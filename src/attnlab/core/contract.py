@@ -268,6 +268,8 @@ class StreamingMixer(Mixer):
         Raises:
             UnsupportedError: if this mixer was not built with ``causal=True``.
         """
+        if not self.supports.streaming:  # an option took the promise back
+            return super().init_state(batch_size)
         if not self.causal:
             raise self._refusal(
                 "streaming with causal=False", "earlier outputs would depend on later tokens; build it with causal=True"
@@ -290,6 +292,8 @@ class StreamingMixer(Mixer):
         Returns:
             The outputs (batch, n, dim) and the state after them.
         """
+        if not self.supports.streaming:
+            return super().extend(x, state, mask=mask)
         if not self.causal:
             raise self._refusal(
                 "streaming with causal=False", "earlier outputs would depend on later tokens; build it with causal=True"

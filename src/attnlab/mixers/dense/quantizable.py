@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import Unpack
@@ -15,7 +14,6 @@ from attnlab.core.contract import Mixer
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
-from attnlab.core.state import State
 from attnlab.mixers.attention import DENSE, AttentionOptions, CachedAttention
 from attnlab.mixers.parts.head_gates import GATES, HeadGate
 from attnlab.ops.attention import ClippedSoftmax, Normalizer
@@ -87,18 +85,6 @@ class QuantizableAttention(CachedAttention):
         if not self.reads_all:
             return self.info.supports
         return Supports(cross=True, grid=DENSE.grid, mixing_matrix=True, permutation_equivariant=True, cost=DENSE.cost)
-
-    def init_state(self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
-        """The state before the first token; UnsupportedError where gates average over tokens."""
-        if not self.supports.streaming:
-            return Mixer.init_state(self, batch_size)
-        return super().init_state(batch_size, device=device, dtype=dtype)
-
-    def extend(
-        self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None = None
-    ) -> tuple[Float[Tensor, "b n c"], State]:
-        """The next n >= 1 tokens; UnsupportedError where gates average over tokens."""
-        return super().extend(x, state, mask=mask) if self.supports.streaming else Mixer.extend(self, x, state, mask=mask)
 
     def mix_packed(self, x: Float[Tensor, "t c"], lengths: Sequence[int]) -> Float[Tensor, "t c"]:
         """All projections at once, or a sequence at a time where gates average over one."""
