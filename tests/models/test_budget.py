@@ -23,6 +23,8 @@ def encoder(mixer):
 
 def language(mixer):
     example = dict(attnlab.mixer_info(mixer).example)
+    if "max_length" in example:
+        example["max_length"] = 16  # weights a position; what the checks need of it does not fit the budget
 
     def build(width, hidden=None):
         channel = {} if hidden is None else {"hidden": hidden}
@@ -77,3 +79,16 @@ def test_a_budget_out_of_reach_is_an_error_that_names_the_nearest():
 def test_shared_parameters_count_once():
     layer = nn.Linear(3, 3)
     assert count_parameters(nn.Sequential(layer, layer)) == 12
+
+
+def test_widths_that_a_model_refuses_are_passed_over():
+    def build(width):
+        if width < 4 or width % 6:
+            raise ValueError("width: expected a multiple of 6")
+        return nn.Linear(width, width, bias=False)
+
+    assert match_budget(build, 18**2, multiple_of=2).width == 18
+    with pytest.raises(ValueError, match="nearest is width 18 with 324"):
+        match_budget(build, 20**2, multiple_of=2)
+    with pytest.raises(ValueError, match="never"):
+        match_budget(lambda width: (_ for _ in ()).throw(ValueError("never")), 100)

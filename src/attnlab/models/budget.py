@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 
+_REFUSALS = 64  # steps of the width that a mixer may refuse in a row
+
+
 @dataclass(frozen=True)
 class Matched:
     """A model size that meets a budget.
@@ -48,7 +51,7 @@ def match_budget(
     more than ``tolerance``, the hidden width of the channel mixer, between half and eight times the width, makes up for it.
 
     Args:
-        build: width to model; the count must not fall as the width rises.
+        build: width to model; the count must not fall as the width rises. Widths refused by ValueError are passed over.
         target: parameters wanted.
         multiple_of: step of the width, such as the number of heads.
         tolerance: allowed relative error.
@@ -88,20 +91,32 @@ def _count(build: Callable[[], nn.Module]) -> int:
 
 def _nearest_widths(build: Callable[[int], nn.Module], target: int, step: int, max_width: int) -> list[tuple[int, int]]:
     """The widths on both sides of the target with their counts, the nearer first."""
-    counts: dict[int, int] = {}
+    counts: dict[int, tuple[int, int]] = {}
 
-    def count(k: int) -> int:
+    def count(k: int) -> tuple[int, int]:
+        """The first width from ``k`` steps on that is not refused, in steps, and its parameters."""
         if k not in counts:
-            counts[k] = _count(lambda: build(k * step))
+            counts[k] = _first_built(build, k, step, max_width // step)
         return counts[k]
 
     low, high, last = 1, 1, max_width // step
-    while high < last and count(high) < target:
+    while high < last and count(high)[1] < target:
         low, high = high, min(2 * high, last)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) < target else (low, middle)
-    return sorted({(k * step, count(k)) for k in (low, high)}, key=lambda found: (abs(found[1] - target), found[0]))
+        low, high = (middle, high) if count(middle)[1] < target else (low, middle)
+    found = {(steps * step, parameters) for steps, parameters in (count(low), count(high))}
+    return sorted(found, key=lambda found: (abs(found[1] - target), found[0]))
+
+
+def _first_built(build: Callable[[int], nn.Module], k: int, step: int, last: int) -> tuple[int, int]:
+    refusal = ValueError(f"width: expected at most {last * step}, the search came to {k * step}")
+    for steps in range(k, min(k + _REFUSALS, last + 1)):
+        try:
+            return steps, _count(lambda steps=steps: build(steps * step))  # type: ignore[misc]
+        except ValueError as error:
+            refusal = error
+    raise refusal
 
 
 def _match_hidden(fine: Callable[[int, int], nn.Module], width: int, target: int) -> Matched:

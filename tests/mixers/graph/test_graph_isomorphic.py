@@ -42,7 +42,7 @@ def _definition(mixer, x: Tensor, mask: Tensor | None = None) -> Tensor:
                     centred = head - head.mean()
                     head = centred / torch.sqrt((centred**2).mean() + 1e-5)
                     head = head * mixer.head_scale[h, 0] + mixer.head_shift[h, 0]
-                    head = head * (0.6 * math.exp(-0.3 * 2) + 0.2)  # 1 - lambda at first, in layer 3
+                    head = head * (0.6 * math.exp(-0.3 * 3) + 0.2)  # 1 - lambda at first, in layer 3
                 heads.append(head)
             outputs.append(mixer.out_proj(torch.cat(heads)) * mask[e, i])
     return torch.stack(outputs).view_as(x)
@@ -107,10 +107,10 @@ def test_it_streams_with_positions_in_both_pairs() -> None:
     assert state["v"].shape == (2, 2, 4, 4)
 
 
-@pytest.mark.parametrize("layer", [1, 4])
+@pytest.mark.parametrize("layer", [0, 3])
 def test_lambda_at_first(layer) -> None:
     mixer = create_mixer("graph_isomorphic", 8, 2, differential=True, layer=layer)
-    assert float(mixer.difference.detach()) == pytest.approx(0.8 - 0.6 * math.exp(-0.3 * (layer - 1)))
+    assert float(mixer.difference.detach()) == pytest.approx(0.8 - 0.6 * math.exp(-0.3 * layer))
 
 
 def test_top_k_takes_the_first_of_equal_ones() -> None:
@@ -134,7 +134,7 @@ def test_top_k_takes_the_first_of_equal_ones() -> None:
         ({"score": "mlp", "position": "rotary"}, "score"),
         ({"normalizer": "sigmoid"}, "normalizer"),
         ({"temperature": 0.0}, "temperature"),
-        ({"layer": 0}, "layer"),
+        ({"layer": -1}, "layer"),
         ({"expansion": 0}, "expansion"),
         ({"head_norm": True}, "head_norm"),
         ({"head_dim": 3}, "head_dim"),

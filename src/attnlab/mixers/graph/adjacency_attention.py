@@ -56,7 +56,7 @@ class AdjacencyAttention(AttentionMixer):
         temperature: T.
         sharpening: $\alpha$ at first, which is learned; None for 1, not learned.
         differential: subtract a second map.
-        layer: of the model, from 1: $\lambda$, which is learned, is $0.8 - 0.6\, e^{-0.3 (\mathrm{layer} - 1)}$ at first.
+        layer: l, from 0: $\lambda$, which is learned, is $0.8 - 0.6\, e^{-0.3\, l}$ at first.
         adjacency: f, see `Shaping`.
         threshold: of f.
         sharpness: of f.
@@ -79,7 +79,7 @@ class AdjacencyAttention(AttentionMixer):
         temperature: float = 1.0,
         sharpening: float | None = None,
         differential: bool = False,
-        layer: int = 1,
+        layer: int = 0,
         adjacency: str = "none",
         threshold: float = 0.2,
         sharpness: float = 10.0,
@@ -94,15 +94,15 @@ class AdjacencyAttention(AttentionMixer):
                 raise ValueError(f"{name}: expected one of {known}, got {value!r}")
         if temperature <= 0:
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
-        if layer < 1:
-            raise ValueError(f"layer: expected at least 1, got {layer}")
+        if layer < 0:
+            raise ValueError(f"layer: expected at least 0, got {layer}")
         self.normalizer, self.temperature = normalizer, temperature
         self.shaping = Shaping(adjacency, threshold, sharpness, fraction)
         place: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         self.sharpening = None if sharpening is None else nn.Parameter(torch.full((), float(sharpening), **place))
         self.scorer = None
         self.q_proj_2 = self.k_proj_2 = self.difference = None
-        self.difference_start = 0.8 - 0.6 * math.exp(-0.3 * (layer - 1))
+        self.difference_start = 0.8 - 0.6 * math.exp(-0.3 * layer)
         if score == "mlp":
             if differential or self.position_name != "none" or options.get("qk_norm", "none") != "none":
                 raise ValueError("score: expected 'dot' with differential=True, a position or a qk_norm, got 'mlp'")
