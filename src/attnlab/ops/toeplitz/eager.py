@@ -1,0 +1,120 @@
+"""Linear attention with Toeplitz weights by Fourier transform, a few columns at a time, in both directions.
+
+A column is a pair of feature and value channel. The table, its rows reversed, is a signal s with
+$y_i = (s * x)_{m-1+i}$; a circle of at least n + m - 1 places keeps what wraps around out of the places that are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from attnlab.ops.chunks import full_precision
+
+BLOCK = 2**20
+"""Numbers of a block of columns before its transform, all examples and heads together, where they are not more anyway."""
+
+
+def attend(
+    table: Float[Tensor, "h r"], q: Float[Tensor, "b h n f"], k: Float[Tensor, "b h m f"], v: Float[Tensor, "b h m e"]
+) -> Float[Tensor, "b h n e"]:
+    """See `reference.attend`. Backward is not differentiable again."""
+    return _forward(table, q, k, v)
+
+
+def circle(needed: int) -> int:
+    """A length that transforms fast, at least ``needed``: a power of 2, or 5/8, 9/16 or 3/4 of one."""
+    power = max(16, 1 << (needed - 1).bit_length())
+    return min(size for size in (power * 9 // 16, power * 5 // 8, power * 3 // 4, power) if size >= needed)
+
+
+def _columns(q: Tensor, v: Tensor, length: int) -> Iterator[tuple[slice, slice]]:
+    """Features and value channels of each block."""
+    features, channels = q.shape[-1], v.shape[-1]
+    room = max(1, BLOCK // (q.shape[0] * q.shape[1] * length))
+    wide = min(channels, room)
+    deep = max(1, room // wide)
+    for feature in range(0, features, deep):
+        for channel in range(0, channels, wide):
+            yield slice(feature, feature + deep), slice(channel, channel + wide)
+
+
+def _transform(x: Float[Tensor, "*s n"], length: int, first: int = 0) -> Complex[Tensor, "*s w"]:
+    """The spectrum of rows that begin at place ``first`` of a circle."""
+    return torch.fft.rfft(F.pad(x, (first, 0)) if first else x, length)
+
+
+def _outer(a: Float[Tensor, "b h f n"], b: Float[Tensor, "b h e n"], block: tuple[slice, slice]) -> Float[Tensor, "b h p s n"]:
+    """The columns of a block."""
+    return a[:, :, block[0], None] * b[:, :, None, block[1]]
+
+
+@torch.library.custom_op(
+    "attnlab::toeplitz_forward", mutates_args=(), schema="(Tensor table, Tensor q, Tensor k, Tensor v) -> Tensor"
+)
+@full_precision
+def _forward(table: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    n, m = q.shape[2], k.shape[2]
+    length = circle(n + m - 1)
+    kernel = _transform(table.flip(-1), length)[:, None, None]
+    rows_q, rows_k, rows_v = (x.mT.contiguous() for x in (q, k, v))
+    out = v.new_zeros(*v.shape[:2], v.shape[3], n)
+    for block in _columns(q, v, length):
+        spectrum = _transform(_outer(rows_k, rows_v, block), length).mul_(kernel)
+        mixed = torch.fft.irfft(spectrum, length)[..., m - 1 : m - 1 + n]
+        out[:, :, block[1]] += (mixed * rows_q[:, :, block[0], None]).sum(2)
+    return out.mT.contiguous()
+
+
+@torch.library.custom_op(
+    "attnlab::toeplitz_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor table, Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+@full_precision
+def _backward(grad: Tensor, table: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of table, q, k and v."""
+    n, m = q.shape[2], k.shape[2]
+    length = circle(n + m - 1)
+    kernel = _transform(table.flip(-1), length)[:, None, None]
+    rows_q, rows_k, rows_v, rows_grad = (x.mT.contiguous() for x in (q, k, v, grad))
+    to_q, to_k, to_v = (torch.zeros_like(x) for x in (rows_q, rows_k, rows_v))
+    to_kernel = torch.zeros_like(kernel[:, 0, 0])
+    for block in _columns(q, v, length):
+        features, channels = block
+        below = _transform(_outer(rows_k, rows_v, block), length)
+        above = _transform(_outer(rows_q, rows_grad, block), length, first=m - 1)
+        to_kernel += torch.einsum("bhfew,bhfew->hw", above, below.conj())
+        mixed = torch.fft.irfft(below.mul_(kernel), length)[..., m - 1 : m - 1 + n]
+        to_q[:, :, features] += (mixed * rows_grad[:, :, None, channels]).sum(3)
+        back = torch.fft.irfft(above.mul_(kernel.conj()), length)[..., :m]
+        to_k[:, :, features] += (back * rows_v[:, :, None, channels]).sum(3)
+        to_v[:, :, channels] += (back * rows_k[:, :, features, None]).sum(2)
+    to_table = torch.fft.irfft(to_kernel, length)[:, : n + m - 1].flip(-1)
+    return to_table, to_q.mT.contiguous(), to_k.mT.contiguous(), to_v.mT.contiguous()
+
+
+@_forward.register_fake
+def _(table: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return v.new_empty(*q.shape[:3], v.shape[3])
+
+
+@_backward.register_fake
+def _(grad: Tensor, table: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return table.new_empty(table.shape), q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _backward(grad, *ctx.saved_tensors)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
