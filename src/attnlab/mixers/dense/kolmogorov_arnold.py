@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
@@ -16,7 +15,7 @@ from attnlab.core.masks import Masks, allowed_pairs
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
 from attnlab.mixers.parts.row_operator import KolmogorovArnoldRows
 from attnlab.mixers.parts.univariate import project_to_simplex
-from attnlab.ops.attention import Pairwise
+from attnlab.ops.attention import Pairwise, attention_map
 
 
 @mixers.register(
@@ -113,9 +112,7 @@ class KolmogorovArnoldAttention(AttentionMixer):
     ) -> Float[Tensor, "b h n e"]:
         """The operator on every row of scores, times the values."""
         n, m, scale = q.shape[2], k.shape[2], self.head_dim**-0.5
-        scores = torch.matmul(q, k.mT) * scale
-        term = Pairwise.of(self.position.bias(q, m, causal=False, grid=grid)).expanded(q, m, scale)
-        scores = scores if term is None else scores + term
+        scores = attention_map(q, k, bias=self.position.bias(q, m, causal=False, grid=grid), normalizer="identity")
         allowed = allowed_pairs(n, m, causal=False, key_mask=masks.key, pair_mask=masks.pair, device=q.device)
         weights = self.operator(scores, allowed)
         if self.simplex:
