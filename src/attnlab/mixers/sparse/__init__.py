@@ -1,0 +1,1 @@
+"""Attention over chosen pairs of tokens."""
