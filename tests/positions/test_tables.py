@@ -139,6 +139,17 @@ def test_a_table_is_resized_to_the_grid() -> None:
     assert float(bias[0, 12, 12]) == pytest.approx(0.0)
 
 
+@pytest.mark.tier("T2", "position:offset_table")
+@pytest.mark.parametrize("grid", [(2,), (7,), (5, 2)])
+def test_a_table_whose_offsets_are_clipped(grid) -> None:
+    position = _perturbed("offset_table", rank=len(grid), size=3, other_sizes="clipped")
+    cells = _cells(grid)
+    bias = _dense(position, len(cells), len(cells), grid=grid)
+    for (i, a), (j, b) in itertools.product(enumerate(cells), enumerate(cells)):
+        entry = tuple(max(-2, min(2, x - y)) + 2 for x, y in zip(a, b, strict=True))
+        assert torch.equal(bias[:, i, j], position.table[(slice(None), *entry)])
+
+
 @pytest.mark.tier("T2", "position:absolute_offsets")
 def test_absolute_offsets() -> None:
     position = create_position("absolute_offsets", 2, 4, {"size": 3})

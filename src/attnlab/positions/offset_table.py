@@ -23,7 +23,7 @@ class OffsetTable(Position):
       B_h \in \mathbb{R}^{(2M-1) \times \dots \times (2M-1)}$$
 
     A grid with other sides than M reads the table resized to 2 side - 1 on each axis (bicubic on images), as is done when
-    trained windows are enlarged; where causal, offsets beyond the table read its ends.
+    trained windows are enlarged, or, by choice and where causal, its entries as they are and its ends for offsets beyond.
 
     Args:
         num_heads: heads, each with its own table.
@@ -31,13 +31,21 @@ class OffsetTable(Position):
         size: M, the sides of the grid that the table belongs to.
         rank: of the grid.
         direction: "query_minus_key" or "key_minus_query", the order in which the table runs.
+        other_sizes: what a grid of another size reads: the table "resized", or "clipped" offsets.
 
     Raises:
-        ValueError: for a size below 2, an unknown direction or rank; in use, for a grid of another rank.
+        ValueError: for a size below 2, or a rank, direction or other_sizes that is not known; in use, for a grid of another rank.
     """
 
     def __init__(
-        self, num_heads: int, head_dim: int, *, size: int = 7, rank: int = 2, direction: str = "query_minus_key"
+        self,
+        num_heads: int,
+        head_dim: int,
+        *,
+        size: int = 7,
+        rank: int = 2,
+        direction: str = "query_minus_key",
+        other_sizes: str = "resized",
     ) -> None:
         super().__init__(num_heads, head_dim)
         if size < 2:
@@ -46,7 +54,9 @@ class OffsetTable(Position):
             raise ValueError(f"rank: expected one of {sorted(_MODES)}, got {rank}")
         if direction not in ("query_minus_key", "key_minus_query"):
             raise ValueError(f"direction: expected 'query_minus_key' or 'key_minus_query', got {direction!r}")
-        self.size, self.rank, self.direction = size, rank, direction
+        if other_sizes not in ("resized", "clipped"):
+            raise ValueError(f"other_sizes: expected 'resized' or 'clipped', got {other_sizes!r}")
+        self.size, self.rank, self.direction, self.other_sizes = size, rank, direction, other_sizes
         self.table = nn.Parameter(torch.empty(num_heads, *(2 * size - 1,) * rank))
         nn.init.trunc_normal_(self.table, std=0.02)
 
@@ -56,13 +66,16 @@ class OffsetTable(Position):
         table = self.table.to(q.dtype)
         if self.direction == "key_minus_query":
             table = table.flip(tuple(range(1, table.dim())))
+        reach = self.size - 1
         if causal:
             # Resized to the length, the table would make an output depend on how many tokens follow.
-            reach = self.size - 1
-            return Pairwise(
-                offsets=table.flip(-1)[:, offsets_between(q.shape[2], num_keys, q.device).clamp(-reach, reach) + reach]
-            )
+            offsets = offsets_between(q.shape[2], num_keys, q.device)
+            return Pairwise(offsets=table.flip(-1)[:, offsets.clamp(-reach, reach) + reach])
         sides = tuple(2 * side - 1 for side in grid)
-        if table.shape[1:] != sides:
+        if table.shape[1:] != sides and self.other_sizes == "clipped":
+            for axis, side in enumerate(grid, start=1):
+                offsets = torch.arange(1 - side, side, device=q.device)
+                table = table.index_select(axis, offsets.clamp(-reach, reach) + reach)
+        elif table.shape[1:] != sides:
             table = F.interpolate(table[None], size=sides, mode=_MODES[self.rank], align_corners=True)[0]
         return spread(table.flatten(1), grid, q.shape[2])

@@ -32,11 +32,11 @@ def toeplitz_matmul(
         values: t by offset, of which there are n + m - 1.
         x: the tokens.
         causal: $t_r = 0$ for r > 0, whatever ``values`` has there.
-        backend: "auto", "reference" (the dense matrix) or "eager" (Fourier transform, in float32 or wider).
+        backend: "auto", "reference" (the dense matrix) or "eager" (Fourier transform, in float64).
 
     Returns:
-        (b, h, n, c) in the common dtype. By Fourier transform rounding errors are relative to the largest terms of all rows, and
-        reach the rows before a causal token, where a dense product has none.
+        (b, h, n, c) in the common dtype. By Fourier transform rounding errors reach the rows before a causal token, too, where a
+        dense product has none.
 
     Raises:
         TypeError: a tensor is not of a floating dtype.

@@ -2,6 +2,8 @@
 
 A column is a pair of feature and value channel. The table, its rows reversed, is a signal s with
 $y_i = (s * x)_{m-1+i}$; a circle of at least n + m - 1 places keeps what wraps around out of the places that are read.
+Transforms run in float64: their rounding errors are relative to the largest terms of all rows, so that in float32 a row whose
+own terms are small, such as the first of a causal sequence, would lose what a sum of those terms has.
 """
 
 from __future__ import annotations
@@ -46,7 +48,12 @@ def _columns(q: Tensor, v: Tensor, length: int) -> Iterator[tuple[slice, slice]]
 
 def _transform(x: Float[Tensor, "*s n"], length: int, first: int = 0) -> Complex[Tensor, "*s w"]:
     """The spectrum of rows that begin at place ``first`` of a circle."""
-    return torch.fft.rfft(F.pad(x, (first, 0)) if first else x, length)
+    return torch.fft.rfft(F.pad(x.double(), (first, length - first - x.shape[-1])))
+
+
+def _signal(spectrum: Complex[Tensor, "*s w"], length: int, places: slice, dtype: torch.dtype) -> Float[Tensor, "*s n"]:
+    """Some places of the circle that a spectrum belongs to."""
+    return torch.fft.irfft(spectrum, length)[..., places].to(dtype)
 
 
 def _outer(a: Float[Tensor, "b h f n"], b: Float[Tensor, "b h e n"], block: tuple[slice, slice]) -> Float[Tensor, "b h p s n"]:
@@ -66,7 +73,7 @@ def _forward(table: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = v.new_zeros(*v.shape[:2], v.shape[3], n)
     for block in _columns(q, v, length):
         spectrum = _transform(_outer(rows_k, rows_v, block), length).mul_(kernel)
-        mixed = torch.fft.irfft(spectrum, length)[..., m - 1 : m - 1 + n]
+        mixed = _signal(spectrum, length, slice(m - 1, m - 1 + n), v.dtype)
         out[:, :, block[1]] += (mixed * rows_q[:, :, block[0], None]).sum(2)
     return out.mT.contiguous()
 
@@ -90,12 +97,12 @@ def _backward(grad: Tensor, table: Tensor, q: Tensor, k: Tensor, v: Tensor) -> t
         below = _transform(_outer(rows_k, rows_v, block), length)
         above = _transform(_outer(rows_q, rows_grad, block), length, first=m - 1)
         to_kernel += torch.einsum("bhfew,bhfew->hw", above, below.conj())
-        mixed = torch.fft.irfft(below.mul_(kernel), length)[..., m - 1 : m - 1 + n]
+        mixed = _signal(below.mul_(kernel), length, slice(m - 1, m - 1 + n), v.dtype)
         to_q[:, :, features] += (mixed * rows_grad[:, :, None, channels]).sum(3)
-        back = torch.fft.irfft(above.mul_(kernel.conj()), length)[..., :m]
+        back = _signal(above.mul_(kernel.conj()), length, slice(m), v.dtype)
         to_k[:, :, features] += (back * rows_v[:, :, None, channels]).sum(3)
         to_v[:, :, channels] += (back * rows_k[:, :, features, None]).sum(2)
-    to_table = torch.fft.irfft(to_kernel, length)[:, : n + m - 1].flip(-1)
+    to_table = _signal(to_kernel, length, slice(n + m - 1), table.dtype).flip(-1)
     return to_table, to_q.mT.contiguous(), to_k.mT.contiguous(), to_v.mT.contiguous()
 
 
