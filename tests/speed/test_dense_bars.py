@@ -107,7 +107,7 @@ def test_a_packed_layer_against_the_padded_one() -> None:
                 if grad:
                     out.sum().backward()
 
-        measured = ratio(lambda: run(True), lambda: run(False))  # noqa: B023
+        measured = ratio(lambda: run(True), lambda: run(False))
         print(f"packed, {name}: {measured:.2f} of padded at a mean length of {share:.2f} of the longest")
         assert measured <= 0.45
 

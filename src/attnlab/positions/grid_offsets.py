@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -22,9 +20,12 @@ def offset_index(grid: Grid, device: torch.device) -> Int[Tensor, "n n"]:
     """The row of `unique_offsets` that belongs to each pair (query, key)."""
     axes = [torch.arange(side, device=device) for side in grid]
     cells = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
-    strides = torch.tensor([math.prod(2 * s - 1 for s in grid[axis + 1 :]) for axis in range(len(grid))], device=device)
+    strides, step = [], 1
+    for side in reversed(grid):
+        strides.insert(0, step)
+        step *= 2 * side - 1
     shift = torch.tensor([side - 1 for side in grid], device=device)
-    return ((cells[:, None] - cells[None, :] + shift) * strides).sum(dim=-1)
+    return ((cells[:, None] - cells[None, :] + shift) * torch.tensor(strides, device=device)).sum(dim=-1)
 
 
 def spread(values: Float[Tensor, "h u"], grid: Grid, num_queries: int) -> Pairwise:
