@@ -1,0 +1,49 @@
+"""Softmax attention with the exponential cut off after its second order, in linear time."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnlab.core.catalog import mixers
+from attnlab.mixers.linear.quotient import LINEAR, QuotientAttention
+
+
+@mixers.register("taylor_softmax", family="linear", paper="deconstructing-attention", supports=LINEAR)
+class TaylorSoftmaxAttention(QuotientAttention):
+    r"""Attention with the second-order Taylor form of softmax ("approximate" of Xue et al. 2025, Deconstructing Attention).
+
+    $$o_i = \frac{\sum_j w_{ij} v_j}{\sum_j w_{ij}}, \qquad w_{ij} = 1 + s_{ij} + \tfrac12 s_{ij}^2, \quad
+      s_{ij} = d^{-1/2}\, q_i^\top k_j ,$$
+
+    over all j, or over j <= i where causal. As $w = \tfrac12 ((s + 1)^2 + 1) \ge \tfrac12$, no denominator vanishes, whatever
+    the position turns. It is linear attention with the features
+
+    $$\phi(x) = \Big[1,\; \frac{x}{d^{1/4}},\; \Big(\frac{x_a x_b}{\sqrt{d}}\, c_{ab}\Big)_{a \le b}\Big], \qquad
+      c_{aa} = \tfrac{1}{\sqrt2}, \; c_{ab} = 1 ,$$
+
+    each product once: D = 1 + d + d (d + 1) / 2 of them. Time O(n D d), memory O(n D), which pays off where n is some times D.
+    State: ``sum`` (b, h, D, d + 1), and ``position`` (b,) if there is one.
+
+    Args: those of `AttentionMixer`; ``num_kv_heads`` must be all, ``position`` one in queries and keys such as "rotary".
+
+    Raises:
+        ValueError: for grouped keys, or a position that acts on logits, weights or values.
+
+    Differs from the paper: positions are a slot, "none" by default; the authors use "rotary". Of the paper's other variants
+    "mlp" is no mixer: it is a block without one and the channel mixer "swiglu", 4 dim / 3 wide for as many parameters.
+    """
+
+    @property
+    def feature_width(self) -> int:
+        """1 + d + d (d + 1) / 2."""
+        return 1 + self.head_dim + self.head_dim * (self.head_dim + 1) // 2
+
+    def features(self, x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n w"]:
+        """One, the channels, and their products."""
+        d = x.shape[-1]
+        a, b = torch.triu_indices(d, d, device=x.device).unbind()
+        factor = (1.0 - (1.0 - 0.5**0.5) * (a == b).to(x.dtype)) * d**-0.5
+        products = x[..., a] * x[..., b] * factor
+        return torch.cat((torch.ones_like(x[..., :1]), x * d**-0.25, products), dim=-1)
