@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -13,11 +12,12 @@ from attnlab.cli.describe import cost_text, headline
 from attnlab.cli.docstrings import parse
 from attnlab.cli.papers import counts
 from attnlab.core.catalog import mixers
+from attnlab.core.info import first_line
 from attnlab.core.registry import Registry, all_registries
 from attnlab.papers.coverage import CoverageRow, coverage
 from attnlab.papers.evidence import TIERS, load
 
-_FLAGS = ("cross", "mask", "pair_mask", "mixing_matrix", "permutation_equivariant")
+_FLAGS = ("cross", "mask", "pair_mask", "mixing_matrix", "permutation_equivariant", "varlen")
 
 
 @cache
@@ -63,8 +63,13 @@ def badges(info: MixerInfo) -> list[tuple[str, bool]]:
 
 def promise_rows(info: MixerInfo) -> list[tuple[str, str, str]]:
     """Each field of `Supports` with its value for a mixer and what it means."""
-    meaning = parse(Supports.__doc__).arguments
-    return [(f.name, value_text(f.name, getattr(info.supports, f.name)), meaning.get(f.name, "")) for f in fields(Supports)]
+    meaning = promise_meanings()
+    return [(name, value_text(name, value), meaning.get(name, "")) for name, value in info.supports.as_dict().items()]
+
+
+def promise_meanings() -> dict[str, str]:
+    """What each promise says, by name."""
+    return {**parse(Supports.__doc__).arguments, "varlen": first_line(Supports.varlen.__doc__)}
 
 
 def value_text(name: str, value: Any) -> str:

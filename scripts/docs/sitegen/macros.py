@@ -8,8 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from attnlab import Supports, list_mixers
-from attnlab.cli.docstrings import parse
+from attnlab import list_mixers
 from attnlab.papers.evidence import TIERS
 from sitegen import facts, prose
 
@@ -82,5 +81,5 @@ def law_tables() -> str:
 
 def supports_table() -> str:
     """The promises and their meaning."""
-    rows = parse(Supports.__doc__).arguments.items()
-    return "\n".join(["| promise | meaning |", "|---|---|", *(f"| `{name}` | {prose.cell(text)} |" for name, text in rows)])
+    lines = [f"| `{name}` | {prose.cell(text)} |" for name, text in facts.promise_meanings().items()]
+    return "\n".join(["| promise | meaning |", "|---|---|", *lines])

@@ -6,7 +6,6 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
@@ -89,8 +88,8 @@ def promises(supports: Supports) -> list[str]:
         f"cost: {cost_text(supports.cost)} in time and memory",
         *([] if supports.tokens_option is None else [f"tokens: exactly as many as {supports.tokens_option} says"]),
     ]
-    flags = [f.name for f in fields(supports) if isinstance(getattr(supports, f.name), bool) and f.name != "streaming"]
-    made = [name for name in flags if getattr(supports, name)]
+    flags = {name: value for name, value in supports.as_dict().items() if isinstance(value, bool) and name != "streaming"}
+    made = [name for name, promised in flags.items() if promised]
     return [
         *lines,
         f"also: {', '.join(made) or 'nothing'}",

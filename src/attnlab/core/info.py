@@ -48,13 +48,17 @@ class Supports:
         """Packed sequences by cumulative lengths: whatever takes a sequence of any length and looks at no other example."""
         return 1 in self.grid and not self.batch_coupled and self.tokens_option is None
 
+    def as_dict(self) -> dict[str, Any]:
+        """All promises by name, derived ones too."""
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "varlen": self.varlen}
+
     def matches(self, **wanted: object) -> bool:
         """Whether this has what is wanted: ``causal=True``, ``grid=2``, ``streaming=True``, ..."""
-        known = {f.name for f in fields(self)} | {"varlen"}
+        known = self.as_dict()
         for name, value in wanted.items():
             if name not in known:
                 raise ValueError(f"filter {name!r}: expected one of {sorted(known)}")
-            have = getattr(self, name)
+            have = known[name]
             if name == "causal" and isinstance(value, bool):
                 if (have != "no") != value:
                     return False
