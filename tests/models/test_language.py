@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import attnlab
+from attnlab.checking.causality import LEAK
 from attnlab.core.errors import UnknownNameError, UnsupportedError
 from attnlab.models import CausalLM, create_model, list_models, model_info
 from attnlab.models.embedding import sinusoids
@@ -36,7 +37,8 @@ def test_no_logit_depends_on_a_later_token(mixer):
     model.embedding.register_forward_hook(lambda *_: x)
     for t in range(ids.shape[1]):
         (gradient,) = torch.autograd.grad(model(ids)[0, t].square().sum(), x)
-        assert gradient[0, t + 1 :].abs().sum() == 0 and gradient[0, t].abs().sum() > 0
+        moved = gradient[0].abs().amax(dim=-1)
+        assert moved[t + 1 :].sum() <= LEAK * moved.max() and moved[t] > 0
 
 
 @pytest.mark.parametrize("mixer", STREAMING)

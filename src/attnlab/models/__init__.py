@@ -9,18 +9,27 @@ from attnlab.models.language import CausalLM
 from attnlab.models.norms import create_norm
 from attnlab.models.registry import create_model, list_models, model_info, models
 from attnlab.models.residual import Residual
+from attnlab.models.schedules import create_schedule, list_schedules, schedule_info, schedules
+from attnlab.models.search_space import Candidate, LayerChoice, SearchSpace
 
 __all__ = [
     "Block",
+    "Candidate",
     "CausalLM",
     "EncoderClassifier",
+    "LayerChoice",
     "Matched",
     "Residual",
+    "SearchSpace",
     "count_parameters",
     "create_model",
     "create_norm",
+    "create_schedule",
     "list_models",
+    "list_schedules",
     "match_budget",
     "model_info",
     "models",
+    "schedule_info",
+    "schedules",
 ]

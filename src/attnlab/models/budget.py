@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-
 _REFUSALS = 64  # steps of the width that a mixer may refuse in a row
 
 

@@ -19,11 +19,12 @@ from attnlab.models.norms import create_norm
 from attnlab.models.registry import models
 from attnlab.models.stack import (
     BlockOptions,
+    ChannelOptions,
     MixerNames,
     MixerOptions,
     build_blocks,
     fix_lengths,
-    layer_schedule,
+    named_schedule,
     require_sequence,
 )
 
@@ -60,14 +61,16 @@ class EncoderClassifier(nn.Module):
         depth: blocks.
         mixer: a registered mixer, or several names that are repeated in turn over the layers.
         num_heads: heads of those mixers that have some; None takes each mixer's default.
-        mixer_options: the mixers' own options: one mapping for all, or one a name.
+        mixer_options: the mixers' own options: one mapping for all, or one a name; with ``schedule``, by the mixer's name.
+        schedule: a registered layer schedule that names the mixers, in place of ``mixer``; see `list_schedules`.
+        schedule_options: its own options, such as ``num_full``.
         input: "tokens" (ids, needs ``vocab_size``) or "patches" (vectors, needs ``patch_dim``).
         vocab_size: token ids are 0 to vocab_size - 1.
         patch_dim: numbers a patch.
         grid: sides of the grid, row-major; None is a sequence.
         pool: "mean" over real tokens, the "first" or the "last" real token.
         channel_mixer: a registered channel mixer, or None for none.
-        channel_options: its own options, such as ``hidden``.
+        channel_options: its own options, such as ``hidden``: one mapping for all blocks, or one a block.
         norm: norm of the blocks and before pooling.
         placement: where the norms stand: "pre", "post" or "sandwich".
         parallel: mixer and channel mixer side by side.
@@ -95,13 +98,15 @@ class EncoderClassifier(nn.Module):
         num_heads: int | None = None,
         *,
         mixer_options: MixerOptions | None = None,
+        schedule: str | None = None,
+        schedule_options: Mapping[str, Any] | None = None,
         input: str = "tokens",
         vocab_size: int | None = None,
         patch_dim: int | None = None,
         grid: Grid | None = None,
         pool: str = "mean",
         channel_mixer: str | None = "mlp",
-        channel_options: Mapping[str, Any] | None = None,
+        channel_options: ChannelOptions | None = None,
         norm: str = "layer_norm",
         placement: str = "pre",
         parallel: bool = False,
@@ -119,17 +124,17 @@ class EncoderClassifier(nn.Module):
         for name, value, allowed in (("pool", pool, POOLS), ("input", input, INPUTS)):
             if value not in allowed:
                 raise UnknownNameError(f"{name}: expected one of {allowed}, got {value!r}{nearest(value, allowed)}")
-        schedule = layer_schedule(depth, mixer, mixer_options)
-        for name, _ in schedule:
+        layers = named_schedule(depth, schedule, schedule_options, mixer, mixer_options)
+        for name, _ in layers:
             self._check_mixer(name, grid, pool)
         self.dim, self.grid, self.pool = dim, grid, pool
         self.embedding = _input_layer(input, dim, vocab_size, patch_dim, device, dtype)
         if max_length is None and grid is not None:
             max_length = int(torch.Size(grid).numel())
         self.position = PositionEmbedding(position, dim, max_length, std=1.0, device=device, dtype=dtype)
-        schedule = fix_lengths(schedule, max_length)
+        layers = fix_lengths(layers, max_length)
         options = BlockOptions(channel_mixer, channel_options or {}, norm, placement, parallel, layer_scale, drop_path, generator)
-        self.blocks = build_blocks(dim, schedule, options, causal=False, num_heads=num_heads, device=device, dtype=dtype)
+        self.blocks = build_blocks(dim, layers, options, causal=False, num_heads=num_heads, device=device, dtype=dtype)
         self.packing = packing
         if packing and (grid is not None or not all(block.packs for block in self.blocks)):
             raise UnsupportedError("this encoder", "packing=True", "its blocks need a grid or a padded batch")

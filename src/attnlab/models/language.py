@@ -19,7 +19,15 @@ from attnlab.models.embedding import PositionEmbedding
 from attnlab.models.norms import create_norm
 from attnlab.models.registry import models
 from attnlab.models.sampling import generate
-from attnlab.models.stack import BlockOptions, MixerNames, MixerOptions, build_blocks, layer_schedule, require_causal
+from attnlab.models.stack import (
+    BlockOptions,
+    ChannelOptions,
+    MixerNames,
+    MixerOptions,
+    build_blocks,
+    named_schedule,
+    require_causal,
+)
 
 
 @models.register("causal_lm")
@@ -35,9 +43,11 @@ class CausalLM(nn.Module):
         depth: blocks.
         mixer: a registered mixer, or several names that are repeated in turn over the layers.
         num_heads: heads of those mixers that have some; None takes each mixer's default.
-        mixer_options: the mixers' own options: one mapping for all, or one a name.
+        mixer_options: the mixers' own options: one mapping for all, or one a name; with ``schedule``, by the mixer's name.
+        schedule: a registered layer schedule that names the mixers, in place of ``mixer``; see `list_schedules`.
+        schedule_options: its own options, such as ``num_full``.
         channel_mixer: a registered channel mixer, or None for none.
-        channel_options: its own options, such as ``hidden``.
+        channel_options: its own options, such as ``hidden``: one mapping for all blocks, or one a block.
         norm: norm of the blocks and before the head.
         placement: where the norms stand: "pre", "post" or "sandwich".
         parallel: mixer and channel mixer side by side.
@@ -66,8 +76,10 @@ class CausalLM(nn.Module):
         num_heads: int | None = None,
         *,
         mixer_options: MixerOptions | None = None,
+        schedule: str | None = None,
+        schedule_options: Mapping[str, Any] | None = None,
         channel_mixer: str | None = "mlp",
-        channel_options: Mapping[str, Any] | None = None,
+        channel_options: ChannelOptions | None = None,
         norm: str = "rms_norm",
         placement: str = "pre",
         parallel: bool = False,
@@ -83,8 +95,8 @@ class CausalLM(nn.Module):
     ) -> None:
         super().__init__()
         device = None if device is None else torch.device(device)
-        schedule = layer_schedule(depth, mixer, mixer_options)
-        for name, _ in schedule:
+        layers = named_schedule(depth, schedule, schedule_options, mixer, mixer_options)
+        for name, _ in layers:
             require_causal(name)
         self.vocab_size, self.dim = vocab_size, dim
         self.embedding = nn.Embedding(vocab_size, dim, device=device, dtype=dtype)
@@ -92,7 +104,7 @@ class CausalLM(nn.Module):
         self.short_conv = ShortConvolution(dim, short_conv, device=device, dtype=dtype) if short_conv else None
         self.position = PositionEmbedding(position, dim, max_length, std=dim**-0.5, device=device, dtype=dtype)
         options = BlockOptions(channel_mixer, channel_options or {}, norm, placement, parallel, layer_scale, drop_path, generator)
-        self.blocks = build_blocks(dim, schedule, options, causal=True, num_heads=num_heads, device=device, dtype=dtype)
+        self.blocks = build_blocks(dim, layers, options, causal=True, num_heads=num_heads, device=device, dtype=dtype)
         self.norm = create_norm("none" if placement == "post" else norm, dim, causal=True, device=device, dtype=dtype)
         self.head = None if tie_embeddings else nn.Linear(dim, vocab_size, bias=False, device=device, dtype=dtype)
 

@@ -15,9 +15,11 @@ from attnlab.core.contract import Mixer
 from attnlab.core.errors import UnsupportedError
 from attnlab.core.info import MixerInfo
 from attnlab.models.block import Block
+from attnlab.models.schedules import create_schedule
 
 MixerNames = str | Sequence[str]
 MixerOptions = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+ChannelOptions = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class BlockOptions:
 
     Args:
         channel_mixer: a registered channel mixer, or None for none.
-        channel_options: its own options, such as ``hidden``.
+        channel_options: its own options, such as ``hidden``: one mapping for all blocks, or one a block.
         norm: the norm of every block.
         placement: "pre", "post" or "sandwich".
         parallel: mixer and channel mixer side by side.
@@ -36,13 +38,58 @@ class BlockOptions:
     """
 
     channel_mixer: str | None = "mlp"
-    channel_options: Mapping[str, Any] = field(default_factory=dict)
+    channel_options: ChannelOptions = field(default_factory=dict)
     norm: str = "rms_norm"
     placement: str = "pre"
     parallel: bool = False
     layer_scale: float | None = None
     drop_path: float = 0.0
     generator: torch.Generator | None = None
+
+    def of_channels(self, depth: int) -> list[Mapping[str, Any]]:
+        """The channel mixer's options in each block; ValueError if there are not as many as blocks."""
+        if isinstance(self.channel_options, Mapping):
+            return [self.channel_options] * depth
+        if len(self.channel_options) != depth:
+            raise ValueError(
+                f"channel_options: expected one mapping, or {depth} as there are blocks, got {len(self.channel_options)}"
+            )
+        return list(self.channel_options)
+
+
+def named_schedule(
+    depth: int,
+    schedule: str | None,
+    schedule_options: Mapping[str, Any] | None,
+    mixer: MixerNames,
+    mixer_options: MixerOptions | None,
+) -> list[tuple[str, dict[str, Any]]]:
+    """`layer_schedule` of ``mixer``, or of the registered schedule where its name is given.
+
+    Args:
+        depth: layers.
+        schedule: a name as `list_schedules` gives it, or None.
+        schedule_options: its own options.
+        mixer: as for `layer_schedule`, without a schedule.
+        mixer_options: as for `layer_schedule`; with a schedule, a mapping from a mixer's name to its options.
+
+    Raises:
+        ValueError: for options without a schedule, mixers beside one, or options of a mixer that it does not place.
+    """
+    if schedule is None:
+        if schedule_options:
+            raise ValueError(f"schedule_options: expected none without a schedule, got {dict(schedule_options)}")
+        return layer_schedule(depth, mixer, mixer_options)
+    if mixer != "softmax":
+        raise ValueError(f"mixer: expected none beside schedule={schedule!r}, which names the mixers, got {mixer!r}")
+    names = create_schedule(schedule, depth, **(schedule_options or {}))
+    own = {} if mixer_options is None else mixer_options
+    if not isinstance(own, Mapping) or not set(own) <= set(names):
+        placed = ", ".join(sorted(set(names)))
+        raise ValueError(
+            f"mixer_options: expected a mapping from mixers of {schedule!r} ({placed}) to their options, got {own!r}"
+        )
+    return [(name, dict(own.get(name, {}))) for name in names]
 
 
 def layer_schedule(depth: int, mixer: MixerNames, options: MixerOptions | None) -> list[tuple[str, dict[str, Any]]]:
@@ -153,6 +200,7 @@ def build_blocks(
 ) -> nn.ModuleList:
     """One `Block` a layer of ``schedule``."""
     blocks = []
+    of_channels = options.of_channels(len(schedule))
     for index, (name, own) in enumerate(schedule):
         mixer = build_mixer(
             name,
@@ -167,9 +215,7 @@ def build_blocks(
         )
         channel = None
         if options.channel_mixer is not None:
-            channel = create_channel_mixer(
-                options.channel_mixer, dim, **{"device": device, "dtype": dtype, **options.channel_options}
-            )
+            channel = create_channel_mixer(options.channel_mixer, dim, **{"device": device, "dtype": dtype, **of_channels[index]})
         block = Block(
             dim,
             mixer,
