@@ -24,7 +24,7 @@ from attnlab.core.registry import all_registries
 from attnlab.papers import papers
 from attnlab.papers.coverage import coverage
 
-KINDS = ("mixer", "position", "modifier", "channel_mixer", "reducer", "model", "objective", "task")
+KINDS = tuple(all_registries())
 
 
 def run(*arguments: str, code: int = 0) -> str:

@@ -22,6 +22,10 @@ def make(mixer="softmax", **options):
     return EncoderClassifier(3, 8, 2, mixer, 4, **{**common, **options}).eval()
 
 
+# as published, what they choose by is not learned through the output
+NOT_LEARNED = {"union_of_experts": ("mixer.gate.",)}
+
+
 @pytest.mark.parametrize("mixer", ALL)
 def test_every_mixer_fits_a_patch_grid(mixer):
     model = make(mixer, input="patches", patch_dim=4, grid=(4, 4))
@@ -29,7 +33,8 @@ def test_every_mixer_fits_a_patch_grid(mixer):
     logits = model(x)
     logits.square().sum().backward()
     assert logits.shape == (2, 3)
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    still = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert all(any(part in name for part in NOT_LEARNED.get(mixer, ())) for name in still), still
     assert model.blocks[0].mixer.causal == (attnlab.mixer_info(mixer).supports.causal == "always")
 
 

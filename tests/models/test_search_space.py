@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attnlab.compare.search_cost import candidate_flops
-from attnlab.models import Candidate, CausalLM, LayerChoice, SearchSpace
+from attnlab.models import Candidate, CausalLM, LayerChoice, SearchSpace, create_search_space, search_spaces
 
 TOY = SearchSpace(("softmax", "linear"), dims=(8,), depths=(1, 2), num_heads=(2,), hidden=(16, 32))
 
@@ -51,3 +51,12 @@ def test_operations_against_a_count_by_hand() -> None:
 def test_bad_choices(options) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         SearchSpace(**{"mixers": ("softmax",), **options})
+
+
+@pytest.mark.tier("T2", "search_space:efficient_transformers")
+def test_the_published_space() -> None:
+    space = create_search_space("efficient_transformers")
+    assert space == SearchSpace(("softmax", "linear"), (512, 640), (1, 2, 3, 4, 5, 6), (4, 8), (1024, 2048, 3072))
+    toy = create_search_space("efficient_transformers", mixers=("softmax", "delta_net"), hidden=(64,))
+    assert {choice.mixer for choice in toy.layer_choices} == {"softmax", "delta_net"}
+    assert search_spaces.info("efficient_transformers").paper == "nas-efficient-transformers"

@@ -11,6 +11,7 @@ from attnlab.models.registry import create_model, list_models, model_info, model
 from attnlab.models.residual import Residual
 from attnlab.models.schedules import create_schedule, list_schedules, schedule_info, schedules
 from attnlab.models.search_space import Candidate, LayerChoice, SearchSpace
+from attnlab.models.search_spaces import create_search_space, search_spaces
 
 __all__ = [
     "Block",
@@ -25,6 +26,7 @@ __all__ = [
     "create_model",
     "create_norm",
     "create_schedule",
+    "create_search_space",
     "list_models",
     "list_schedules",
     "match_budget",
@@ -32,4 +34,5 @@ __all__ = [
     "models",
     "schedule_info",
     "schedules",
+    "search_spaces",
 ]
