@@ -57,15 +57,16 @@ def _module(recording: Recording, name: str, config: dict) -> dict[str, Tensor]:
     mapped = renamed(weights, {"query": "q_proj", "key": "k_proj", "value": "v_proj"}) | _gate(weights, heads)
     fill(mixer, mapped | {"out_proj.weight": torch.eye(dim, dtype=recording.dtype)})
     x, mask = recording.leaf(f"in/{name}.x"), recording.get(f"in/{name}.mask")
-    # their mask leaves out keys alone, so that masked queries have an output too
-    pairs = None if mask is None else (mask == 0).expand(-1, 1, config["N"], -1)
+    # their mask leaves out keys alone: masked tokens have an output and are in the averages of gates a head
     with record(mixer) as tape:
-        y = mixer(x, pair_mask=pairs)
+        y = mixer(x) if mask is None else mixer(x, x, context_mask=(mask == 0).flatten(1))
     (y * recording[f"in/{name}.w"]).sum().backward()
     results = {f"out/{name}.y": y, f"grad/{name}.x": x.grad}
     if f"out/{name}.gate" in recording:
-        gate = recording[f"out/{name}.gate"]
-        results[f"out/{name}.gate"] = tape["gates"].transpose(1, 2).reshape(gate.shape)
+        shape, gates = recording[f"out/{name}.gate"].shape, tape["gates"].transpose(1, 2)
+        full = gates.expand(x.shape[0], -1, -1) if gates.numel() != shape.numel() else gates
+        full = full.expand(-1, -1, config["N"]) if full.numel() != shape.numel() else full
+        results[f"out/{name}.gate"] = full.reshape(shape)
     return results
 
 
