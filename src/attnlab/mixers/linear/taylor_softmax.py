@@ -31,8 +31,8 @@ class TaylorSoftmaxAttention(QuotientAttention):
     Raises:
         ValueError: for grouped keys, or a position that acts on logits, weights or values.
 
-    Differs from the paper: positions are a slot, "none" by default; the authors use "rotary". Of the paper's other variants
-    "mlp" is no mixer: it is a block without one and the channel mixer "swiglu", 4 dim / 3 wide for as many parameters.
+    Differs from the paper: positions are a slot, "none" by default; the authors use "rotary". Of the paper's other variants "mlp"
+    mixes no tokens: it is the channel mixer "swiglu", 4 dim / 3 wide for as many parameters.
     """
 
     @property
