@@ -48,7 +48,9 @@ def _definition(mixer, x: Tensor, rotary: bool, real: Tensor | None = None) -> T
 @pytest.mark.tier("T2", "mixer:taylor_softmax")
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("position", ["none", "rotary"])
-def test_taylor_softmax(causal, position) -> None:
+@pytest.mark.parametrize("by_pairs", [0, 16])
+def test_taylor_softmax(causal, position, by_pairs, monkeypatch) -> None:
+    monkeypatch.setattr("attnlab.mixers.linear.taylor_softmax._BY_PAIRS", by_pairs)
     mixer = build("taylor_softmax", DIM, HEADS, causal=causal, position=position)
     if position == "rotary":  # in float32 the frequencies carry a rounding that is theirs and ours
         mixer.position.frequencies = torch.tensor([1.0, 0.01], dtype=torch.float64)
@@ -56,10 +58,18 @@ def test_taylor_softmax(causal, position) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_masked_tokens_take_no_part(causal) -> None:
+@pytest.mark.parametrize("by_pairs", [0, 16])
+def test_masked_tokens_take_no_part(causal, by_pairs, monkeypatch) -> None:
+    monkeypatch.setattr("attnlab.mixers.linear.taylor_softmax._BY_PAIRS", by_pairs)
     mixer = build("taylor_softmax", DIM, HEADS, causal=causal)
     real = torch.tensor([[False, True, True, False, True], [True, False, False, True, False]])
     assert_defined_by(mixer, lambda x: _definition(mixer, x, False, real), tokens(5, DIM), mask=real)
+
+
+def test_the_contract_by_features(monkeypatch) -> None:
+    monkeypatch.setattr("attnlab.mixers.linear.taylor_softmax._BY_PAIRS", 0)
+    report = attnlab.check("taylor_softmax")
+    assert report.passed, str(report)
 
 
 @pytest.mark.parametrize("position", ["rotary", "learned"])

@@ -102,6 +102,11 @@ class QuotientAttention(AttentionMixer, StreamingMixer):
             k = k.masked_fill(~key_mask[:, None, :, None], 0.0)
         v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
         sums, total = linear_attention(q, k, v, initial_state=initial, causal=self.causal)
+        return self.divide(sums), total
+
+    @staticmethod
+    def divide(sums: Float[Tensor, "b h n e1"]) -> Float[Tensor, "b h n e"]:
+        """All columns but the last over the last; 0 where that is 0."""
         weight = sums[..., -1:]
         empty = weight == 0
-        return (sums[..., :-1] / weight.masked_fill(empty, 1.0)).masked_fill(empty, 0.0), total
+        return (sums[..., :-1] / weight.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)

@@ -51,7 +51,8 @@ def attention(
         key_mask: (b, m), True marks a key that may be used.
         pair_mask: (b or 1, h or 1, n, m), True: this query may use this key.
         normalizer: a name out of `NORMALIZERS` or a `Normalizer` with its constants. Over rows: "softmax", "softmax_plus_one",
-            "clipped_softmax", "top_k_softmax"; element by element: "sigmoid", "tanh", "relu", "identity".
+            "clipped_softmax", "top_k_softmax"; element by element: "sigmoid", "tanh", "relu", "taylor_exp",
+            "identity".
         backend: "auto", "reference" (the formula) or "eager": SDPA where it has the slots, blocks of queries otherwise, with no
             n x m tensor in either direction.
 

@@ -228,6 +228,24 @@ class Relu(Elementwise):
         return grad
 
 
+class TaylorExp(Elementwise):
+    r"""$w_j = 1 + s_j + s_j^2 / 2$: the exponential to second order, at least 1/2."""
+
+    name = "taylor_exp"
+
+    def weights(self, logits: Tensor) -> Tensor:
+        """Near the exponential where logits are small."""
+        return 1.0 + logits + 0.5 * logits.square()
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits are kept."""
+        return logits.mul(0.5).add_(1.0).mul_(logits).add_(1.0), logits
+
+    def backward(self, kept: Tensor, grad: Tensor) -> Tensor:
+        """In place."""
+        return grad.mul_(kept + 1.0)
+
+
 class Identity(Elementwise):
     """The logits themselves."""
 
