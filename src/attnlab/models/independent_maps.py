@@ -100,7 +100,10 @@ class IndependentMaps(nn.Module):
             return self.model(tokens, mask=mask)
 
     def precompute(self) -> None:
-        """Keep the fixed stream for the weights as they are, until the next `train`; nothing for "static_embedding"."""
+        """Keep the fixed stream for the weights as they are, where they are; nothing for "static_embedding".
+
+        `train` and `eval` drop it; call this again after weights were changed, loaded or moved.
+        """
         if self.source != "static_embedding":
             with torch.no_grad():
                 self._kept = self._streams(self._longest())

@@ -15,7 +15,7 @@ from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.mixers.attention import DENSE, AttentionOptions, CachedAttention
-from attnlab.mixers.parts.head_gates import GATES, HeadGate
+from attnlab.mixers.parts.head_gates import GATES, SCOPES, HeadGate
 from attnlab.ops.attention import ClippedSoftmax, Normalizer
 
 
@@ -27,8 +27,8 @@ class QuantizableAttention(CachedAttention):
       0,\; 1\big)\, v_j , \qquad g_i = \sigma(G_h(x_i))$$
 
     with a clipped softmax, whose rows need not sum to one and whose clipped entries have no gradient, and a gate a head on the
-    output before the heads are joined (`HeadGate`). Each remedy works alone; with neither this is
-    "softmax". Time O(n m d), memory O(n + m). ``record`` collects "gates" (b or 1, n or 1, h).
+    output before the heads are joined (`HeadGate`). Each remedy works alone; with neither this is "softmax". Time O(n m d),
+    memory O(n + m). ``record`` collects "gates" (b or 1, n or 1, h).
 
     Args:
         dim: width of the tokens.
@@ -45,7 +45,8 @@ class QuantizableAttention(CachedAttention):
         **options: those of `AttentionMixer`.
 
     Raises:
-        ValueError: for constants outside of their range, alpha without max_length or with gamma, an unknown gate or scope.
+        ValueError: for constants outside of their range, alpha with gamma, one of alpha and max_length alone, an unknown gate or
+            scope, or ``pretrained`` without a gate.
         UnsupportedError: for ``causal=True`` with gates a head, whose average reads later tokens.
 
     Differs from the paper: gates read slices of the input x although the projections mix its channels, as in the authors' code;
@@ -70,14 +71,18 @@ class QuantizableAttention(CachedAttention):
     ) -> None:
         if gate not in GATES:
             raise ValueError(f"gate: expected one of {GATES}, got {gate!r}")
+        if gate_scope not in SCOPES:
+            raise ValueError(f"gate_scope: expected one of {SCOPES}, got {gate_scope!r}")
+        if pretrained and gate == "none":
+            raise ValueError("pretrained: expected a gate to rescale, got gate='none'")
         self.reads_all = gate != "none" and gate_scope == "head"
         super().__init__(dim, num_heads, **options)
         self.normalizer = _normalizer(gamma, zeta, alpha, max_length)
-        self.factor = 1.0 / gate_init if pretrained and gate != "none" else 1.0
         self.gate: HeadGate | None = None
         if gate != "none":
             place: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
             self.gate = HeadGate(dim, num_heads, kind=gate, scope=gate_scope, init=gate_init, pretrained=pretrained, **place)
+        self.factor = 1.0 / gate_init if pretrained else 1.0
 
     @property
     def supports(self) -> Supports:
@@ -122,6 +127,8 @@ def _normalizer(
         if max_length is None or max_length < 1:
             raise ValueError(f"max_length: expected a positive integer with alpha={alpha}, got {max_length}")
         gamma = -alpha / max_length
+    elif max_length is not None:
+        raise ValueError(f"max_length: expected None without alpha, got {max_length}")
     gamma = -0.03 if gamma is None else gamma
     clipped = ClippedSoftmax(gamma, zeta)
     return "softmax" if gamma == 0 and zeta == 1 else clipped
