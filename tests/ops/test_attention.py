@@ -88,6 +88,20 @@ def test_error_budget(dtype, causal) -> None:
     assert_within_budget(fast, slow, dtype, *_inputs(n=33, m=33))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalizer", ["softmax", "softmax_plus_one", "sigmoid", ClippedSoftmax(-0.01)])
+def test_error_budget_of_the_blocks(dtype, normalizer) -> None:
+    def form(backend):
+        def function(q, k, v, offsets, factor):
+            bias, weight = Pairwise(offsets=offsets), Pairwise(offsets=factor)
+            return attention(q, k, v, bias=bias, factor=weight, causal=True, normalizer=normalizer, backend=backend)
+
+        return function
+
+    inputs = *_inputs(n=33, m=33), torch.randn(4, 65), torch.randn(4, 65)
+    assert_within_budget(form("eager"), form("reference"), dtype, *inputs)
+
+
 def test_an_empty_row_is_zero_and_passes_no_gradient() -> None:
     q, k, v = (x.requires_grad_() for x in _inputs())
     key_mask = torch.ones(2, 7, dtype=torch.bool)
