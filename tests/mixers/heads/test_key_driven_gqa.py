@@ -216,3 +216,22 @@ def test_to_grouped_pools_in_any_order() -> None:
         to_grouped(multi, 2, grouping="nearest")
     with pytest.raises(ValueError, match="num_kv_heads"):
         to_grouped(multi, 3)
+
+
+def test_to_grouped_keeps_norms_and_positions_and_loses_nothing() -> None:
+    options = {"qk_norm": "layer_norm", "position": "rotary", "position_options": {"base": 100.0}, "causal": True}
+    multi = build("softmax", DIM, 4, **options)
+    x = tokens(6, DIM)
+    torch.testing.assert_close(to_grouped(multi, 4)(x), multi(x), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="linear_router"):
+        to_grouped(build("moh", DIM, 4), 2)
+    with pytest.raises(ValueError, match="position"):
+        to_grouped(build("softmax", DIM, 4, position="alibi"), 2, grouping=[0, 1, 0, 1])
+
+
+def test_packed_sequences_have_moments_of_their_own() -> None:
+    mixer = build("perturbed_gqa", DIM, 4, num_kv_heads=2)
+    mixer.hold(torch.rand(4, 5, 4, dtype=torch.float64))
+    x = tokens(5, DIM)
+    packed = mixer.packed(x.flatten(0, 1), torch.tensor([0, 5, 10]))
+    torch.testing.assert_close(packed.view_as(x), mixer(x), rtol=1e-12, atol=1e-12)

@@ -111,6 +111,8 @@ def test_held_fillers_are_taken() -> None:
     with record(mixer, only=["selected"]) as tape:
         mixer(x)
     assert tape["selected"][:, :, -1].all()
+    with pytest.raises(ValueError, match="fillers"):
+        mixer(x[:1])
     mixer.hold(None)
     with record(mixer, only=["selected"]) as tape:
         mixer(x)

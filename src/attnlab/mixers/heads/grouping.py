@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnlab.core.catalog import create_mixer
 from attnlab.mixers.attention import AttentionMixer
@@ -38,7 +39,8 @@ def to_grouped(
         **options: its own options.
 
     Raises:
-        ValueError: for groups that do not fit, an unknown grouping, or a position that the order of heads would change.
+        ValueError: for groups that do not fit, an unknown grouping, or a position that the order of heads would change,
+            or a mixer with parameters of its own that the new one has not.
         UnknownNameError: for an unknown mixer or option.
     """
     heads, group = mixer.num_kv_heads, _groups(mixer, num_kv_heads, grouping)
@@ -57,21 +59,33 @@ def to_grouped(
         context_dim=mixer.context_dim,
         qkv_bias=mixer.q_proj.bias is not None,
         out_bias=mixer.out_proj.bias is not None,
-        position=mixer.position_name,
+        qk_norm="layer_norm" if isinstance(mixer.q_norm, nn.LayerNorm) else "none",
         **{"device": weight.device, "dtype": weight.dtype, **options},
     )
     if not isinstance(built, AttentionMixer):
         raise ValueError(f"into: expected a mixer with projections of queries, keys and values, got {into!r}")
-    state, width, queries = dict(mixer.state_dict()), mixer.head_dim, mixer.num_heads // heads
-    for part, rows in (("q_proj", queries * width), ("k_proj", width), ("v_proj", width)):
+    # the trained position as it is, with its options
+    built.position, built.position_name = copy.deepcopy(mixer.position), mixer.position_name
+    state = _pooled(mixer, num_kv_heads, order)
+    lost = sorted(set(state) - set(built.state_dict()))
+    left = sorted({name for name, _ in built.named_parameters()} - set(state))
+    if lost or left:
+        raise ValueError(f"mixer: expected the parameters of {into!r}, got {lost} that it has not, and nothing for {left}")
+    built.load_state_dict(state, strict=False)  # what is missing are buffers of statistics, which begin anew
+    return built.train(mixer.training)
+
+
+def _pooled(mixer: AttentionMixer, groups: int, order: Int[Tensor, " h"]) -> dict[str, Tensor]:
+    """The mixer's tensors with its heads in this order, keys and values pooled."""
+    state, width, heads = dict(mixer.state_dict()), mixer.head_dim, mixer.num_kv_heads
+    per_key = mixer.num_heads // heads * width
+    for part, rows in (("q_proj", per_key), ("k_proj", width), ("v_proj", width)):
         for name in (f"{part}.weight", f"{part}.bias"):
             if name in state:
                 ordered = state[name].unflatten(0, (heads, rows))[order]
-                state[name] = ordered.flatten(0, 1) if part == "q_proj" else pool_heads(ordered, num_kv_heads)
-    columns = state["out_proj.weight"].unflatten(1, (heads, queries * width))[:, order]
-    state["out_proj.weight"] = columns.flatten(1)
-    built.load_state_dict(state, strict=False)
-    return built.train(mixer.training)
+                state[name] = ordered.flatten(0, 1) if part == "q_proj" else pool_heads(ordered, groups)
+    state["out_proj.weight"] = state["out_proj.weight"].unflatten(1, (heads, per_key))[:, order].flatten(1)
+    return state
 
 
 def pool_heads(heads: Float[Tensor, "h d ..."], groups: int) -> Float[Tensor, "hd ..."]:

@@ -124,6 +124,8 @@ class UnionOfExperts(AttentionMixer):
         chosen = routed & real
         self.emit("gates", gates)
         self.emit("route", lambda: _route(gates, chosen))
+        if self.fillers is not None and self.fillers.shape != chosen.shape:
+            raise ValueError(f"fillers: expected shape {tuple(chosen.shape)} (b, h, n), got {tuple(self.fillers.shape)}")
         if self.selection == "batch":
             chosen = chosen | ((self._first_others(chosen, real) if self.fillers is None else self.fillers) & real)
         count = chosen.sum(dim=-1, keepdim=True)
