@@ -16,8 +16,9 @@ from attnlab.core.grid import Grid, from_grid, to_grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks, zero_masked
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
+from attnlab.mixers.parts.grid_pooling import pool_grid
 from attnlab.mixers.pooled.agent_bias import AgentBias
-from attnlab.mixers.pooled.agents import pool_grid, pool_sequence
+from attnlab.mixers.pooled.agents import pool_sequence
 from attnlab.ops.attention import attention
 
 

@@ -1,4 +1,4 @@
-"""How queries are pooled into agents."""
+"""How the queries of a sequence are pooled into agents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attnlab.core.grid import Grid, to_grid
 from attnlab.mixers.parts.segments import segment_means
 
 
@@ -18,14 +17,3 @@ def pool_sequence(
         return F.adaptive_avg_pool1d(x.transpose(1, 2), count).transpose(1, 2), None
     means = segment_means(mask, count, x.dtype)
     return means @ x, means.any(dim=-1)
-
-
-def pool_grid(
-    x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None, grid: Grid, sides: tuple[int, int]
-) -> tuple[Float[Tensor, "b a c"], Bool[Tensor, "b a"] | None]:
-    """Adaptive average pooling of the real cells of a 2-D grid to ``sides``, and which agents have any."""
-    mean = F.adaptive_avg_pool2d(to_grid(x, grid), sides).flatten(2).transpose(1, 2)
-    if mask is None:
-        return mean, None
-    share = F.adaptive_avg_pool2d(to_grid(mask.unsqueeze(-1).to(x.dtype), grid), sides).flatten(2).transpose(1, 2)
-    return mean / share.masked_fill(share == 0, 1.0), share.squeeze(-1) > 0
