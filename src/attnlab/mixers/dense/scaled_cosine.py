@@ -24,8 +24,8 @@ class ScaledCosineAttention(CachedAttention):
       \mathrm{softplus}(t) \ln n_i + b_{ij}\right) v_j$$
 
     with an embedding $e$ and a temperature $t$ a head, $n_i$ the number of keys that query i may use, and the bias of the
-    position; the authors' is "log_cpb". The logarithm is there to keep the entropy of a row where the number of keys changes. Time O(n m d),
-    memory O(n + m). The state holds all keys and values.
+    position; the authors' is "log_cpb". The logarithm is there to keep the entropy of a row where the number of keys changes.
+    Time O(n m d), memory O(n + m). The state holds all keys and values.
 
     Args:
         dim: width of the tokens.
