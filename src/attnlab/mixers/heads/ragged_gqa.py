@@ -45,6 +45,7 @@ class RaggedAttention(AttentionMixer):
         """Softmax over the allowed keys of the key head that a query head reads."""
         # one gather: sizes that are known on the device alone cannot cut tensors without a synchronisation
         index = self.key_heads(k, masks.key)
+        masks = masks if self.supports.pair_mask else masks._replace(pair=None)
         return self.dense(q, k[:, index], v[:, index], masks, grid)
 
     def show(
