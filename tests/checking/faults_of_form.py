@@ -61,7 +61,18 @@ class NoGridInFact(ToyAttention):
         return super().mix(x, context, masks, grid)
 
 
+@plant("jumps", "declare discontinuous=False", discontinuous=True)
+class SmoothThoughDiscontinuous(ToyAttention):
+    """Softmax has no jump."""
+
+
 # Flags that deny what works
+
+
+@plant("continuous", "declare discontinuous=True")
+class JumpsThoughContinuous(ToyAttention):
+    def finish(self, mixed: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        return super().finish(mixed, x, mask) * torch.where(x[..., :1] > 0, 1.0, 1.1)
 
 
 @plant("reads_the_future", "declare causal='always'", causal="no", streaming=False, state="none")

@@ -10,6 +10,7 @@ import torch
 
 from attnlab.checking.bench import Bench, Inputs, Measured, Trial, measure
 from attnlab.checking.draw import MASKS
+from attnlab.checking.outcome import Violation
 from attnlab.checking.require import CANCELLED, FORWARD, require, require_close, require_finite, require_same
 from attnlab.checking.suite import conformance
 from attnlab.core.contract import Mixer
@@ -17,6 +18,8 @@ from attnlab.ops.backends import use_backend
 
 FACTOR, ULPS = 4.0, 1.0
 """The fast path's error may be this many times that of the reference in the same dtype, plus this many ulps."""
+DRAWS = 8
+"""Inputs of which one has to keep the budget where the mixer is discontinuous."""
 
 
 def reference(mixer: Mixer, inputs: Inputs) -> Measured:
@@ -68,23 +71,37 @@ def precision_autocast(bench: Bench) -> str:
 
 def _low_precision(bench: Bench, dtype: torch.dtype, *, autocast: bool = False) -> str:
     worst = 0.0
-    ulp = torch.finfo(torch.bfloat16 if autocast else dtype).eps
+    # Rounding may flip a choice, in either form and not in the other; what is wrong with a form shows on every input.
+    draws = DRAWS if bench.supports.discontinuous else 1
     for trial in bench.trials():
-        low = copy.deepcopy(trial.mixer).to(dtype)
-        exact = copy.deepcopy(low).to(torch.float64)
-        for said, inputs in _arguments(bench, trial):
-            rounded = inputs.map_tokens(lambda tokens: tokens.to(dtype))
-            oracle = reference(exact, rounded.map_tokens(lambda tokens: tokens.to(torch.float64)))
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                fast, plain = _errors(measure(low, rounded), oracle), _errors(reference(low, rounded), oracle)
-            for part, error in fast.items():
-                budget = FACTOR * plain[part] + ULPS * ulp
-                worst = max(worst, error / budget)
-                have, allowed = f"{error / ulp:.3g} ulps", f"{plain[part] / ulp:.3g}"
-                require(
-                    error <= budget, f"{trial}, {said}: {part} is off by {have}, that of the reference in {dtype} by {allowed}"
-                )
+        for draw in range(draws):
+            try:
+                worst = max(worst, _worst(bench, trial, dtype, autocast))
+                break
+            except Violation:
+                if draw == draws - 1:
+                    raise
+                inputs = trial.inputs.map_tokens(lambda tokens: bench.draw.normal(*tokens.shape))
+                trial = replace(trial, inputs=inputs)
     return f"{bench.said()}; at most {worst:.0%} of the budget"
+
+
+def _worst(bench: Bench, trial: Trial, dtype: torch.dtype, autocast: bool) -> float:
+    """The largest share of the budget that an error of this trial takes."""
+    worst, ulp = 0.0, torch.finfo(torch.bfloat16 if autocast else dtype).eps
+    low = copy.deepcopy(trial.mixer).to(dtype)
+    exact = copy.deepcopy(low).to(torch.float64)
+    for said, inputs in _arguments(bench, trial):
+        rounded = inputs.map_tokens(lambda tokens: tokens.to(dtype))
+        oracle = reference(exact, rounded.map_tokens(lambda tokens: tokens.to(torch.float64)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            fast, plain = _errors(measure(low, rounded), oracle), _errors(reference(low, rounded), oracle)
+        for part, error in fast.items():
+            budget = FACTOR * plain[part] + ULPS * ulp
+            worst = max(worst, error / budget)
+            have, allowed = f"{error / ulp:.3g} ulps", f"{plain[part] / ulp:.3g}"
+            require(error <= budget, f"{trial}, {said}: {part} is off by {have}, that of the reference in {dtype} by {allowed}")
+    return worst
 
 
 def _errors(got: Measured, oracle: Measured) -> dict[str, float]:

@@ -48,6 +48,7 @@ PROMISES = {
     "mixing_matrix": Promise(lambda supports: supports.mixing_matrix),
     "permutation_equivariant": Promise(lambda supports: supports.permutation_equivariant, form=False),
     "batch_coupled": Promise(lambda supports: supports.batch_coupled),
+    "discontinuous": Promise(lambda supports: supports.discontinuous),
     "varlen": Promise(lambda supports: supports.varlen),
     "cost": Promise(lambda supports: True),
 }

@@ -20,7 +20,8 @@ def offset_index(grid: Grid, device: torch.device) -> Int[Tensor, "n n"]:
     """The row of `unique_offsets` that belongs to each pair (query, key)."""
     axes = [torch.arange(side, device=device) for side in grid]
     cells = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
-    strides, step = [], 1
+    strides: list[int] = []
+    step = 1
     for side in reversed(grid):
         strides.insert(0, step)
         step *= 2 * side - 1

@@ -21,7 +21,7 @@ from attnlab.mixers.parts.lookup_linear import LookupLinear, lookup_addresses
     "memoryformer",
     family="dense",
     paper="memoryformer",
-    supports=replace(DENSE, cross=False, permutation_equivariant=False),
+    supports=replace(DENSE, cross=False, permutation_equivariant=False, discontinuous=True),
     example={"tau": 4},
 )
 class MemoryFormerAttention(SoftmaxAttention):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
 from attnlab.core.catalog import mixers
 from attnlab.core.grid import Grid
+from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.mixers.attention import DENSE, AttentionOptions, CachedAttention
 from attnlab.ops.attention import TopKSoftmax
 
 
-@mixers.register("selective_hard", family="dense", paper="axformer", supports=DENSE, example={"k": 5})
+@mixers.register(
+    "selective_hard", family="dense", paper="axformer", supports=replace(DENSE, discontinuous=True), example={"k": 4}
+)
 class SelectiveHardAttention(CachedAttention):
     r"""Attention that keeps the k largest scores of each row (Nagarajan et al. 2020, AxFormer).
 
@@ -52,6 +57,11 @@ class SelectiveHardAttention(CachedAttention):
         if value is not None and value < 1:
             raise ValueError(f"k: expected a positive integer or None, got {value}")
         self._k = value
+
+    @property
+    def supports(self) -> Supports:
+        """Plain softmax makes no choice."""
+        return DENSE if getattr(self, "_k", 1) is None else self.info.supports
 
     def attend(
         self,

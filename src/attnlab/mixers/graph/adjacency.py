@@ -59,6 +59,11 @@ class Shaping:
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction: expected above 0 and at most 1, got {self.fraction}")
 
+    @property
+    def jumps(self) -> bool:
+        """Whether an entry jumps as the map changes."""
+        return self.name in ("binary", "top_k")
+
     def __call__(self, graph: Float[Tensor, "b h n m"], allowed: Allowed) -> Float[Tensor, "b h n m"]:
         """The adjacency."""
         shaped = SHAPINGS[self.name](graph, allowed, self)

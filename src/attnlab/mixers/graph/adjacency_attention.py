@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from attnlab.core.grid import Grid
+from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
 from attnlab.mixers.graph.adjacency import Shaping
@@ -134,6 +136,12 @@ class AdjacencyAttention(AttentionMixer):
             for norm, layer in ((self.q_norm, self.q_proj_2), (self.k_norm, self.k_proj_2))
         ]
         return torch.cat((q, second[0]), dim=-1), torch.cat((k, second[1]), dim=-1), v
+
+    @property
+    def supports(self) -> Supports:
+        """With "binary" and "top_k" edges are or are not, and the output jumps between."""
+        shaping = getattr(self, "shaping", None)
+        return self.info.supports if shaping is None or not shaping.jumps else replace(self.info.supports, discontinuous=True)
 
     def graph(
         self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], masks: Masks, grid: Grid | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,6 +84,12 @@ class SparseIsomorphicAdapter(GraphAdapter):
         self.epsilon = nn.Parameter(torch.full((), epsilon, **place))
         self.scale = nn.Parameter(torch.full((), scale, **place))
         self.mlp = HeadMLP(1, dim, expansion * dim, dim, norm=True, **place)
+
+    @property
+    def supports(self) -> Supports:
+        """With "binary" and "top_k" edges are or are not, and the output jumps between."""
+        shaping = getattr(self, "shaping", None)
+        return self.info.supports if shaping is None or not shaping.jumps else replace(self.info.supports, discontinuous=True)
 
     def update(
         self,

@@ -14,8 +14,8 @@ from attnlab.mixers.attention import DENSE, AttentionOptions
 from attnlab.mixers.heads.allocation import heads_in_order, key_norms, rounded_shares, settle_by_size
 from attnlab.mixers.heads.ragged_gqa import RaggedAttention
 
-# The sizes depend on every key of the batch, later ones too.
-KEY_DRIVEN = replace(DENSE, causal="no", streaming=False, state="none", batch_coupled=True)
+# The sizes depend on every key of the batch: on later ones, and on those that a mask of pairs would leave out.
+KEY_DRIVEN = replace(DENSE, causal="no", pair_mask=False, streaming=False, state="none", batch_coupled=True, discontinuous=True)
 
 
 def halved(num_heads: int, options: AttentionOptions) -> AttentionOptions:
@@ -35,8 +35,9 @@ class KeyDrivenGQA(RaggedAttention):
       n_g = \mathrm{round}\Big(H \frac{r_g}{\sum r}\Big)$$
 
     query heads read key head g, dealt contiguously; while $\sum n_g$ misses H, the largest $n_g$ loses a head or the smallest
-    gains one, of equal ones the first. The norms are constants for autograd, masked tokens do not count in them. Time and
-    memory are those of softmax attention. ``record`` collects "key_heads" (h,), the key head of each query head.
+    gains one, of equal ones the first. The norms are constants for autograd; tokens that are masked, or that no query may use,
+    do not count in them. Time and memory are those of softmax attention. ``record`` collects "key_heads" (h,), the key head of
+    each query head.
 
     By definition the key head with the shortest keys begins with no query head, and an example's groups depend on the others
     in its batch: evaluate with the batches that you mean, or with `RaggedGQA` and fixed sizes. Sizes that depend on

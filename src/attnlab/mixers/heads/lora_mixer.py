@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import Unpack
 
 from attnlab.core.catalog import mixers
 from attnlab.core.grid import Grid
+from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.mixers.attention import DENSE, AttentionOptions, CachedAttention
 from attnlab.mixers.parts.routed_lora import route_projections
 
 
-# All experts in the example: which of two nearly equal ones the output's router takes depends on the rounding of the attention
-# before it, and no bound on errors in half precision holds across such a choice.
 @mixers.register(
-    "lora_mixer", family="heads", paper="lora-mixer", supports=DENSE, example={"num_experts": 4, "top_k": 4, "rank": 3}
+    "lora_mixer",
+    family="heads",
+    paper="lora-mixer",
+    supports=replace(DENSE, discontinuous=True),
+    example={"num_experts": 4, "top_k": 2, "rank": 3},
 )
 class LoraMixer(CachedAttention):
     r"""Softmax attention with a mixture of LoRA experts in series with each of its four projections (Li et al. 2025).
@@ -78,10 +83,16 @@ class LoraMixer(CachedAttention):
         super().__init__(dim, num_heads, **options)
         if entropy_sign not in (1, -1):
             raise ValueError(f"entropy_sign: expected 1 or -1, got {entropy_sign}")
+        self.chooses = top_k is not None and top_k < num_experts
         self.balance_weight, self.entropy_weight = balance_weight, entropy_sign * entropy_weight
         self.in_router, self.out_router = route_projections(
             self, num_experts=num_experts, rank=rank, alpha=lora_alpha, top_k=top_k, renormalize=renormalize
         )
+
+    @property
+    def supports(self) -> Supports:
+        """With all experts in use there is no choice; in training there is none either."""
+        return self.info.supports if getattr(self, "chooses", True) else DENSE
 
     def attend(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -99,6 +100,8 @@ class MixtureOfAttention(StreamingMixer):
         self.experts = nn.ModuleList(built)
         self.router = nn.Linear(dim, num_experts, bias=False, **place)
         self.num_active, self.renormalize, self.shared_kv = num_active, renormalize, shared_kv
+        if num_active is not None and num_active < num_experts:
+            self._promises = replace(self._promises, discontinuous=True)
         self.num_heads = sum(one.num_heads for one in built)
         self.num_prefix, self.context_dim = built[0].num_prefix, built[0].context_dim
         # a subclass with a state of its own keeps more than keys and values
@@ -107,7 +110,7 @@ class MixtureOfAttention(StreamingMixer):
 
     @property
     def supports(self) -> Supports:
-        """The promises of the experts."""
+        """The promises of the experts; top-k adds a choice."""
         return self._promises
 
     @property

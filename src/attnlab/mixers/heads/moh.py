@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Bool, Float
@@ -10,6 +11,7 @@ from typing_extensions import Unpack
 
 from attnlab.core.catalog import mixers
 from attnlab.core.grid import Grid
+from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.mixers.attention import DENSE, AttentionOptions, CachedAttention
 from attnlab.mixers.heads.routers import LinearRouter, QueryNormRouter, balance_loss
@@ -17,7 +19,9 @@ from attnlab.mixers.parts.cosine import ScaledCosine
 from attnlab.mixers.parts.counts import key_counts
 
 
-@mixers.register("moh", family="heads", paper="moh", supports=DENSE, example={"num_shared": 1, "num_active": 2})
+@mixers.register(
+    "moh", family="heads", paper="moh", supports=replace(DENSE, discontinuous=True), example={"num_shared": 1, "num_active": 2}
+)
 class MixtureOfHeads(CachedAttention):
     r"""Softmax attention whose head outputs are weighed per token by a router (Jin et al. 2024, equations 3 to 7).
 
@@ -66,10 +70,16 @@ class MixtureOfHeads(CachedAttention):
             raise ValueError(f"router: expected 'linear' or 'query_norm', got {router!r}")
         if score not in ("dot", "cosine"):
             raise ValueError(f"score: expected 'dot' or 'cosine', got {score!r}")
+        self.chooses = num_active < routed
         place: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         self.linear_router = LinearRouter(dim, num_heads, num_shared, num_active, **place) if router == "linear" else None
         self.norm_router = QueryNormRouter(num_shared, num_active) if router == "query_norm" else None
         self.cosine = ScaledCosine(num_heads, self.head_dim, **place) if score == "cosine" else None
+
+    @property
+    def supports(self) -> Supports:
+        """With all routed heads active there is no choice."""
+        return self.info.supports if getattr(self, "chooses", True) else DENSE
 
     def attend(
         self,

@@ -16,6 +16,14 @@ from attnlab.mixers.attention import DENSE, AttentionMixer, AttentionOptions, Ca
 from attnlab.mixers.heads.allocation import heads_in_order
 
 
+def usable_keys(masks: Masks, k: Float[Tensor, "b hk m d"]) -> Bool[Tensor, "b m"] | None:
+    """The keys that some query may use."""
+    if masks.pair is None:
+        return masks.key
+    paired = masks.pair.any(dim=1).any(dim=1).expand(k.shape[0], -1)
+    return paired if masks.key is None else paired & masks.key
+
+
 class RaggedAttention(AttentionMixer):
     """An `AttentionMixer` whose query heads read the key heads that `key_heads` says; a subclass implements that.
 
@@ -44,7 +52,7 @@ class RaggedAttention(AttentionMixer):
     ) -> Float[Tensor, "b h n e"]:
         """Softmax over the allowed keys of the key head that a query head reads."""
         # one gather: sizes that are known on the device alone cannot cut tensors without a synchronisation
-        index = self.key_heads(k, masks.key)
+        index = self.key_heads(k, usable_keys(masks, k))
         masks = masks if self.supports.pair_mask else masks._replace(pair=None)
         return self.dense(q, k[:, index], v[:, index], masks, grid)
 
@@ -58,10 +66,10 @@ class RaggedAttention(AttentionMixer):
         grid: Grid | None,
     ) -> None:
         """Emit "values" as the query heads read them, "mixed", "attention" and "key_heads"."""
-        self.emit("values", lambda: v[:, self.key_heads(k, masks.key)])
+        self.emit("values", lambda: v[:, self.key_heads(k, usable_keys(masks, k))])
         self.emit("mixed", heads)
         self.emit("attention", lambda: self.attend(q, k, self.identity(k), masks, grid))
-        self.emit("key_heads", lambda: self.key_heads(k, masks.key))
+        self.emit("key_heads", lambda: self.key_heads(k, usable_keys(masks, k)))
 
 
 @mixers.register(

@@ -85,7 +85,7 @@ class QueryNormRouter(nn.Module):
 
     Args:
         num_shared: heads that are always on.
-        num_active: routed heads that a token uses.
+        num_active: routed heads that a token uses; 0 when all heads are shared.
     """
 
     def __init__(self, num_shared: int, num_active: int) -> None:
@@ -94,14 +94,17 @@ class QueryNormRouter(nn.Module):
 
     def forward(
         self, q: Float[Tensor, "b h n d"]
-    ) -> tuple[Float[Tensor, "b n h"], Float[Tensor, "b n r"], Bool[Tensor, "b n r"]]:
+    ) -> tuple[Float[Tensor, "b n h"], Float[Tensor, "b n r"] | None, Bool[Tensor, "b n r"] | None]:
         """Weights of all heads, shared ones first; scores and choice of the routed ones."""
+        if not self.num_active:
+            return torch.ones_like(q[..., 0]).transpose(1, 2), None, None
         squares = q[:, self.num_shared :].square().sum(dim=-1).transpose(1, 2)
         tiny = torch.finfo(q.dtype).tiny  # keeps both roots differentiable at a masked token, whose queries are zero
         lengths = (squares + tiny).sqrt()
         spread = (lengths.var(dim=-1, keepdim=True) + tiny).sqrt() if lengths.shape[-1] > 1 else torch.ones_like(lengths)
         scores = (lengths / spread).softmax(dim=-1)
         chosen = top_k_mask(scores, self.num_active)
-        binary = chosen.to(scores.dtype) + scores - scores.detach()
+        # What is added is exactly 0: a chosen head is what it is without the router.
+        binary = chosen.to(scores.dtype) + (scores - scores.detach())
         shared = binary.new_ones(*binary.shape[:2], self.num_shared)
         return torch.cat((shared, binary), dim=-1), scores, chosen

@@ -19,7 +19,7 @@ from attnlab.mixers.attention import AttentionMixer, AttentionOptions
 from attnlab.mixers.parts.routing import top_k_mask
 from attnlab.ops.attention import attention
 
-_PUBLISHED = Supports(mixing_matrix=True, batch_coupled=True)
+_PUBLISHED = Supports(mixing_matrix=True, batch_coupled=True, discontinuous=True)
 _BY_TOKEN = replace(_PUBLISHED, causal="optional", batch_coupled=False)
 _TINY = 1e-8
 
@@ -104,12 +104,13 @@ class UnionOfExperts(AttentionMixer):
         self.gate = nn.Linear(dim, num_heads, **place)
         self.expert_bias = nn.Parameter(torch.zeros(num_heads, dim, **place)) if options.get("out_bias", True) else None
         self.num_active, self.selection, self.straight_through = num_active, selection, straight_through
+        self._promises = replace(self._promises, discontinuous=num_active < num_heads)
         self.rank_causal = self.causal if rank_causal is None else rank_causal
         self.fillers: Tensor | None = None
 
     @property
     def supports(self) -> Supports:
-        """The promises of this form of selection."""
+        """The promises of this form of selection; with all heads active there is no choice."""
         return self._promises
 
     def hold(self, fillers: Bool[Tensor, "b h n"] | None) -> None:

@@ -22,7 +22,7 @@ from attnlab.ops.chunks import full_precision
     "spiking",
     family="spiking",
     paper="spikformer-v2",
-    supports=Supports(grid=frozenset({1, 2, 3}), permutation_equivariant=True, batch_coupled=True, cost=1.0),
+    supports=Supports(grid=frozenset({1, 2, 3}), permutation_equivariant=True, batch_coupled=True, discontinuous=True, cost=1.0),
     # Narrow inputs hardly reach the usual thresholds; powers of two make the sums of spikes exact.
     example={"threshold": 0.25, "attention_threshold": 0.125, "scale": 0.25},
 )
