@@ -1,4 +1,4 @@
-"""Softmax, sigmoid and mixture-of-head attention by their definitions."""
+"""Softmax and sigmoid attention by their definitions."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from attnlab import create_mixer, record
+from attnlab import create_mixer
 from mixers.definition import assert_defined_by, build, split_heads, tokens
 
 
@@ -62,103 +61,6 @@ def test_sigmoid_norm_at_initialisation_does_not_grow_with_length() -> None:
 
     assert size(free, long) > 25 * size(free, short)
     assert size(tied, long) == pytest.approx(size(tied, short), rel=0.3)
-
-
-def _moh_gates(mixer, x: Tensor, shared: int, active: int) -> Tensor:
-    """Gates token by token from the card: top-k by sorting, balance, shared softmax."""
-    router, heads = mixer.linear_router, mixer.num_heads
-    gates = []
-    for token in x.flatten(0, 1):
-        row = [torch.zeros((), dtype=x.dtype) for _ in range(heads)]
-        balance = torch.ones(2, dtype=x.dtype)
-        if shared and active:
-            balance = 2.0 * torch.softmax(router.balance.weight @ token, 0)
-        if shared:
-            s = torch.softmax(router.shared.weight @ token, 0) if shared > 1 else torch.ones(1, dtype=x.dtype)
-            for i in range(shared):
-                row[i] = shared * s[i] * balance[0]
-        if active:
-            p = torch.softmax(router.routed.weight @ token, 0)
-            best = sorted(range(heads - shared), key=lambda i: -float(p[i].detach()))[:active]
-            total = sum(p[i] for i in best)
-            for i in best:
-                row[shared + i] = active * p[i] / total * balance[1]
-        gates.append(torch.stack(row))
-    return torch.stack(gates).view(*x.shape[:2], heads)
-
-
-@pytest.mark.tier("T2", "mixer:moh")
-@pytest.mark.parametrize(("shared", "active"), [(2, 1), (1, 2), (0, 2), (4, 0)])
-def test_moh_linear_router(shared, active) -> None:
-    mixer = build("moh", 8, 4, num_shared=shared, num_active=active, causal=True)
-    softmax = lambda logits: torch.softmax(logits, -1)  # noqa: E731
-
-    def definition(x: Tensor) -> Tensor:
-        gates = _moh_gates(mixer, x, shared, active)
-        heads = [out * gates[..., h, None] for h, out in enumerate(_heads_by_hand(mixer, x, softmax))]
-        return mixer.out_proj(torch.cat(heads, -1))
-
-    assert_defined_by(mixer, definition, tokens(5, 8))
-
-
-@pytest.mark.tier("T2", "mixer:moh")
-def test_moh_query_norm_router() -> None:
-    mixer = build("moh", 12, 6, num_shared=2, num_active=2, router="query_norm")
-    softmax = lambda logits: torch.softmax(logits, -1)  # noqa: E731
-
-    def definition(x: Tensor) -> Tensor:
-        norms = torch.stack([q.norm(dim=-1) for q in split_heads(mixer.q_proj(x), 6)[2:]], -1)
-        scores = torch.softmax(norms / norms.std(dim=-1, keepdim=True), -1)
-        chosen = F.one_hot(scores.topk(2, -1).indices, 4).sum(-2).to(x.dtype)
-        gates = torch.cat((torch.ones_like(scores[..., :2]), chosen + scores - scores.detach()), -1)
-        heads = [out * gates[..., h, None] for h, out in enumerate(_heads_by_hand(mixer, x, softmax))]
-        return mixer.out_proj(torch.cat(heads, -1))
-
-    assert_defined_by(mixer, definition, tokens(5, 12))
-
-
-def test_moh_counts_and_uniform_gates() -> None:
-    mixer = build("moh", 12, 6, num_shared=2, num_active=2)
-    x = tokens(7)
-    with record(mixer) as tape:
-        mixer(x)
-    assert ((tape["gates"] > 0).sum(-1) == 4).all()
-    with torch.no_grad():
-        for layer in (mixer.linear_router.routed, mixer.linear_router.shared, mixer.linear_router.balance):
-            layer.weight.zero_()
-    plain = build("moh", 12, 6, num_shared=6, num_active=0)
-    with torch.no_grad():
-        plain.linear_router.shared.weight.zero_()
-    everything = build("softmax", 12, 6)
-    everything.load_state_dict({k: v for k, v in plain.state_dict().items() if "router" not in k})
-    torch.testing.assert_close(plain(x), everything(x))
-
-
-def test_moh_balance_loss_is_least_for_an_even_load() -> None:
-    mixer = build("moh", 12, 6, num_shared=2, num_active=2)
-    x = tokens(50)
-    with record(mixer, only=["balance_loss"]) as tape:
-        mixer(x)
-        even = float(tape["balance_loss"].detach())
-        with torch.no_grad():
-            mixer.linear_router.routed.weight[0] += 5 * x[0].mean(0)
-        mixer(x)
-    assert even > 0
-    assert float(tape["balance_loss"].detach()) != even
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_shared": 9}, "num_shared"),
-        ({"num_shared": 2, "num_active": 7}, "num_active"),
-        ({"router": "linnear"}, "router"),
-        ({"score": "cos"}, "score"),
-    ],
-)
-def test_moh_refuses(options, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        create_mixer("moh", 12, 6, **options)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnlab.core.info import Supports
@@ -86,8 +86,8 @@ class RoutedHeads(AttentionMixer):
 
 def head_usage(
     gates: Float[Tensor, "b n h"],
-    mask: Bool[Tensor, "b n"] | None = None,
-    labels: Int[Tensor, "b"] | Int[Tensor, "b n"] | None = None,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
     *,
     num_classes: int | None = None,
 ) -> Float[Tensor, "h"] | Float[Tensor, "k h"]:
@@ -95,8 +95,8 @@ def head_usage(
 
     Args:
         gates: weights of the heads, as ``record`` collects them under "gates".
-        mask: (b, n), True marks a real token.
-        labels: a class of each example (b,) or token (b, n), from 0 on; None for all tokens together.
+        mask: boolean (b, n), True marks a real token.
+        labels: integers, a class of each example (b,) or token (b, n), from 0 on; None for all tokens together.
         num_classes: k; by default the largest label and one.
 
     Returns:
