@@ -13,6 +13,7 @@ from attnlab import UnsupportedError, create_mixer, record
 from attnlab.mixers.heads.moh import to_mixture_of_heads
 from attnlab.mixers.heads.routed_heads import head_usage
 from mixers.definition import assert_defined_by, build, split_heads, tokens
+from mixers.foveal_definition import foveal_heads
 
 
 def _heads_by_hand(mixer, x: Tensor) -> list[Tensor]:
@@ -224,23 +225,11 @@ def test_head_usage_refuses(options, message) -> None:
 @pytest.mark.tier("T2", "mixer:moh_aggregated")
 @pytest.mark.parametrize(("shared", "active"), [(1, 2), (0, 1), (3, 0)])
 def test_aggregated_heads_by_the_gates_of_their_tokens(shared, active) -> None:
-    """Aggregated attention has a definition of its own; here its heads are those of the registered mixer, one at a time."""
     mixer, grid = build("moh_aggregated", 12, 3, num_shared=shared, num_active=active, pool=2), (3, 4)
-    heads = create_mixer("aggregated", 12, 3, pool=2).double()
-    shared_modules = {name: module for name, module in mixer.named_children() if name not in ("linear_router", "norm_router")}
 
     def definition(x: Tensor) -> Tensor:
-        for name, module in shared_modules.items():
-            setattr(heads, name, module)
-        heads.window_bias, heads.offset_keys, heads.offset_bias = mixer.window_bias, mixer.offset_keys, mixer.offset_bias
-        gates, total = _gates(mixer, x, shared, active), mixer.out_proj.bias
-        for h in range(3):
-            only = torch.zeros(12, 12, dtype=x.dtype)
-            only[range(4 * h, 4 * h + 4), range(4 * h, 4 * h + 4)] = 1.0
-            heads.out_proj = torch.nn.Linear(12, 12, bias=False).double()
-            heads.out_proj.weight = torch.nn.Parameter(only, requires_grad=False)
-            total = total + (gates[..., h, None] * heads(x, grid=grid)) @ mixer.out_proj.weight.T
-        return total
+        heads = foveal_heads(mixer, x, grid, (2, 2)) * _gates(mixer, x, shared, active).unsqueeze(-1)
+        return mixer.out_proj(heads.flatten(2))
 
     assert_defined_by(mixer, definition, tokens(12), grid=grid)
 

@@ -11,70 +11,12 @@ from torch import Tensor
 
 from attnlab import UnsupportedError, create_mixer, record
 from mixers.definition import assert_defined_by, build, tokens
+from mixers.foveal_definition import foveal_heads
 
 DIM, HEADS = 6, 2
 MASKED = torch.ones(2, 20, dtype=torch.bool)
 MASKED[0, :11] = False  # two whole pooled cells among them
 MASKED[1, [3, 7, 19]] = False
-
-
-def _bins(side: int, cells: int) -> list[range]:
-    return [range(j * side // cells, math.ceil((j + 1) * side / cells)) for j in range(cells)]
-
-
-def _cpb(mixer, cell: tuple[int, int], bins: tuple[range, range], grid: tuple[int, int]) -> Tensor:
-    """Offsets in float32 as the authors', and ours, are tabulated."""
-    spans = [max((mixer.pool_bias.span or side) - 1, 1) for side in grid]
-    delta = torch.tensor([at - (each[0] + each[-1]) / 2 for at, each in zip(cell, bins, strict=True)])
-    delta = delta / torch.tensor(spans) * 8
-    delta = delta.sign() * torch.log2(delta.abs() + 1) / math.log2(8)
-    inner = (mixer.pool_bias.fc1.weight @ delta.double() + mixer.pool_bias.fc1.bias).relu()
-    return mixer.pool_bias.fc2.weight @ inner + mixer.pool_bias.fc2.bias
-
-
-def _definition(mixer, x: Tensor, grid: tuple[int, int], sides: tuple[int, int], mask: Tensor | None = None) -> Tensor:
-    (height, width), d, r = grid, DIM // HEADS, mixer.window // 2
-    real = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
-    pools = [(rows, columns) for rows in _bins(height, sides[0]) for columns in _bins(width, sides[1])]
-    examples = []
-    for example, here in zip(x, real, strict=True):
-        q, k, v = mixer.q_proj(example), mixer.k_proj(example), mixer.v_proj(example)
-        local, far = F.gelu(mixer.pool_proj(example)), []
-        for bins in pools:
-            cells = [row * width + column for row in bins[0] for column in bins[1] if here[row * width + column]]
-            if cells:
-                far.append((bins, mixer.pool_norm(sum(local[c] for c in cells) / len(cells))))
-        rows = []
-        for i in range(height * width):
-            if not here[i]:
-                rows.append(torch.zeros_like(example[i]))
-                continue
-            near = []
-            for o in range(mixer.window**2):
-                row, column = i // width + o // mixer.window - r, i % width + o % mixer.window - r
-                if 0 <= row < height and 0 <= column < width and here[row * width + column]:
-                    near.append((o, row * width + column))
-            parts = []
-            for h in range(HEADS):
-                s = slice(h * d, (h + 1) * d)
-                unit = q[i, s] / q[i, s].norm()
-                query = unit if mixer.cosine.query_embedding is None else unit + mixer.cosine.query_embedding[h, 0]
-                query = query * torch.log(1 + torch.exp(mixer.cosine.temperature[h, 0, 0]))
-                query = query * math.log(len(near) + len(far)) if mixer.cosine.length_scale else query
-                powers = [torch.exp(query @ k[j, s] / k[j, s].norm() + mixer.window_bias[h, o]) for o, j in near]
-                values = [v[j, s] for _, j in near]
-                for bins, token in far:
-                    key, bias = mixer.k_proj(token)[s], _cpb(mixer, (i // width, i % width), bins, grid)[h]
-                    powers.append(torch.exp(query @ key / key.norm() + bias))
-                    values.append(mixer.v_proj(token)[s])
-                out = sum(p * value for p, value in zip(powers, values, strict=True)) / sum(powers)
-                if mixer.offset_keys is not None:
-                    for o, j in near:
-                        out = out + (unit @ mixer.offset_keys[h, :, o] + mixer.offset_bias[h, 0, o]) * v[j, s]
-                parts.append(out)
-            rows.append(mixer.out_proj(torch.cat(parts)))
-        examples.append(torch.stack(rows))
-    return torch.stack(examples)
 
 
 @pytest.mark.tier("T2", "mixer:aggregated")
@@ -94,7 +36,12 @@ def test_aggregated(options, grid, sides, mask) -> None:
     mixer = build("aggregated", DIM, HEADS, **options)
     inputs = {} if mask is None else {"mask": mask}
     x = tokens(math.prod(grid), DIM)
-    assert_defined_by(mixer, lambda x: _definition(mixer, x, grid, sides, mask), x, grid=grid, **inputs)
+
+    def definition(x: Tensor) -> Tensor:
+        y = mixer.out_proj(foveal_heads(mixer, x, grid, sides, mask).flatten(2))
+        return y if mask is None else y.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+    assert_defined_by(mixer, definition, x, grid=grid, **inputs)
 
 
 def test_the_share_of_the_neighbourhood_is_recorded() -> None:

@@ -22,13 +22,12 @@ class RoutedHeads(AttentionMixer):
 
     linear_router: LinearRouter | None
     norm_router: QueryNormRouter | None
-    chooses: bool = True
+    _promises: Supports | None = None
 
     @property
     def supports(self) -> Supports:
         """Those of the attention; with all routed heads active there is no choice and so no jump."""
-        have = super().supports
-        return have if self.chooses else replace(have, discontinuous=False)
+        return self.info.supports if self._promises is None else self._promises
 
     def add_router(
         self,
@@ -62,7 +61,8 @@ class RoutedHeads(AttentionMixer):
         num_active = (routed + 1) // 2 if num_active is None else num_active
         if not min(routed, 1) <= num_active <= routed:
             raise ValueError(f"num_active: expected {min(routed, 1)} to {routed} (num_heads - num_shared), got {num_active}")
-        self.chooses = num_active < routed
+        if num_active == routed:
+            self._promises = replace(self.supports, discontinuous=False)
         self.linear_router = None
         if linear:
             self.linear_router = LinearRouter(self.dim, heads, num_shared, num_active, device=device, dtype=dtype)

@@ -30,18 +30,7 @@ class AggregatedAttention(FovealAttention):
     Args:
         dim: width of the tokens.
         num_heads: heads.
-        causal: always False.
-        qkv_bias: biases in the three input projections.
-        window: k, odd.
-        pool: pooled cells a side, at most the side of the grid; at the authors' 224 pixels all stages have 7.
-        reduction: instead of ``pool``, the side of what becomes a pooled cell (the authors' sr_ratio): sides are divided by it,
-            rounded down, and the cost grows with n^2 / reduction^2.
-        span: the side by which CPB divides offsets, that of training; by default that of the grid at hand.
-        length_scale: whether there is $\ln(|N(i)| + P)$.
-        query_embedding: whether there is $e$.
-        positional_weights: whether there are $T$ and $u$.
-        device: of the parameters.
-        dtype: of the parameters.
+        **options: those of `FovealAttention`.
 
     Raises:
         UnsupportedError: with ``causal=True``; without a grid of rank 2: what is pooled of a sequence would depend on

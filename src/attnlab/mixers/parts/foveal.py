@@ -47,7 +47,30 @@ def unfold(x: Float[Tensor, "b h n d"], grid: Grid, window: int) -> Float[Tensor
 
 
 class FovealAttention(AttentionMixer):
-    """The mechanism of `attnlab.mixers.local.aggregated.AggregatedAttention`, which documents it, for all that build on it."""
+    r"""The mechanism of `attnlab.mixers.local.aggregated.AggregatedAttention`, which says what it is, for all that build on it.
+
+    Args:
+        dim: width of the tokens.
+        num_heads: heads.
+        causal: always False.
+        qkv_bias: biases in the three input projections.
+        window: k, odd.
+        pool: pooled cells a side, at most the side of the grid; at the authors' 224 pixels all stages have 7.
+        reduction: instead of ``pool``, the side of what becomes a pooled cell (the authors' sr_ratio): sides are divided by it,
+            rounded down, and the cost grows with n^2 / reduction^2.
+        span: the side by which the offsets of the pooled cells are divided, that of training; by default that of the grid at
+            hand.
+        length_scale: whether logits grow with $\ln(|N(i)| + P)$.
+        query_embedding: whether there is $e$.
+        positional_weights: whether there are $T$ and $u$.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: for an even window, or a number below 1.
+    """
+
+    _promises: Supports | None = None
 
     def __init__(
         self,
@@ -66,7 +89,6 @@ class FovealAttention(AttentionMixer):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.reduction = reduction
         super().__init__(dim, num_heads, causal=causal, qkv_bias=qkv_bias, device=device, dtype=dtype)
         if window < 1 or window % 2 == 0:
             raise ValueError(f"window: expected an odd positive number, got {window}")
@@ -75,7 +97,9 @@ class FovealAttention(AttentionMixer):
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         shape = (num_heads, window * window)
-        self.window, self.pool = window, pool
+        self.window, self.pool, self.reduction = window, pool, reduction
+        if reduction is not None:
+            self._promises = replace(self.supports, cost=2.0)
         self.cosine = ScaledCosine(num_heads, self.head_dim, query_embedding=query_embedding, length_scale=length_scale, **place)
         self.window_bias = nn.Parameter(torch.empty(shape, **place))
         nn.init.trunc_normal_(self.window_bias, std=0.0004)
@@ -91,7 +115,7 @@ class FovealAttention(AttentionMixer):
     @property
     def supports(self) -> Supports:
         """With ``reduction`` the pooled cells grow with the tokens, and the cost with their product."""
-        return self.info.supports if self.reduction is None else replace(self.info.supports, cost=2.0)
+        return self.info.supports if self._promises is None else self._promises
 
     def mix(
         self,
