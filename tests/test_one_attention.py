@@ -12,12 +12,18 @@ NAMES = {"softmax", "log_softmax", "_softmax", "logsumexp", "Softmax", "scaled_d
 
 # A softmax that is not attention over tokens, and why. An entry that is no longer needed fails the test.
 ALLOWED = {
+    "channel_mixers/union_mlp.py": "a gate over experts",
     "mixers/channel/channel_group.py": "channels attend to channels: d x d maps",
+    "mixers/graph/reversed.py": "a choice among heads",
     "mixers/heads/mixture.py": "a gate over experts",
     "mixers/heads/routers.py": "a gate over heads",
+    "mixers/heads/union_of_experts.py": "a gate over heads",
+    "mixers/linear/key_score.py": "a score a key and no query: running sums, not pairs",
     "mixers/parts/routed_lora.py": "a gate over experts",
     "mixers/pooled/token_pooling.py": "a gate over scales of pooling",
+    "mixers/sparse/subsampled.py": "class probabilities of an ensemble",
     "models/sampling.py": "probabilities of the next token",
+    "objectives/transition_distillation.py": "a cross-entropy",
     "reducers/low_rank_pooling.py": "weights of a pooling, which has no queries and keys",
 }
 

@@ -116,7 +116,7 @@ def test_papers_are_counted_and_filtered():
 
 def test_one_paper_by_slug_and_by_number():
     data = json.loads(run("papers", "deltanet", "--json"))
-    assert data["things"] == ["mixer:delta_net"] and data["bibtex"].startswith("@misc{deltanet,")
+    assert data["things"] == ["mixer:delta_net", "schedule:delta_hybrid"] and data["bibtex"].startswith("@misc{deltanet,")
     assert set(data["tiers"]["mixer:delta_net"]) | set(data["missing"]["mixer:delta_net"]) == {"T1", "T2", "T3", "T5"}
     assert json.loads(run("papers", str(data["index"]), "--json")) == data
     assert "@misc{deltanet," in run("papers", "deltanet")

@@ -60,8 +60,11 @@ def parse(text: str | None) -> Doc:
 
 
 def describe_arguments(factory: Callable[..., Any]) -> dict[str, str]:
-    """What the docstrings of a function, or of a class and its bases, say of each argument; the nearest one counts."""
-    sources = factory.__mro__ if isinstance(factory, type) else (factory,)
+    """What the docstrings of a function, or of a class and its bases, say of each argument; the nearest one counts.
+
+    A function of a kind with common arguments names in ``documented_by`` what describes those.
+    """
+    sources = factory.__mro__ if isinstance(factory, type) else (factory, *getattr(factory, "documented_by", ()))
     found: dict[str, str] = {}
     for source in sources:
         if source is not object:

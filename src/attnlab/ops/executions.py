@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,8 +35,12 @@ class Counts:
 class Execution(Protocol):
     """``execution(q, k, v, lengths=..., counts=...)``: softmax attention with scale d ** -0.5, exactly.
 
-    Queries, keys and values are (b, h, n, d), (b, h, m, d) and (b, h, m, e); ``lengths`` (b,) is how many keys of each example
-    are real, the rest is padding on the right; ``counts`` is added to.
+    Args:
+        q: queries (b, h, n, d).
+        k: keys (b, h, m, d).
+        v: values (b, h, m, e).
+        lengths: (b,), how many keys of each example are real, the rest is padding on the right; None for all.
+        counts: what the work costs is added to these; None counts nothing.
     """
 
     def __call__(
@@ -53,6 +58,18 @@ class Execution(Protocol):
 
 executions: Registry[object] = Registry("execution", "attnlab.ops")
 """All `Execution` functions by name."""
+
+F = TypeVar("F", bound=Callable[..., Tensor])
+
+
+def execution(name: str, *, family: str, paper: str) -> Callable[[F], F]:
+    """Decorator that enters a function as an `Execution`, whose docstring describes the common arguments."""
+
+    def enter(function: F) -> F:
+        function.documented_by = (Execution,)  # type: ignore[attr-defined]
+        return executions.register(name, family=family, paper=paper)(function)
+
+    return enter
 
 
 def real_keys(lengths: Int[Tensor, "b"] | None, start: int, stop: int) -> Bool[Tensor, "b 1 1 m"] | None:

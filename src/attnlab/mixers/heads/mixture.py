@@ -122,20 +122,6 @@ class MixtureOfAttention(StreamingMixer):
     def _experts(self) -> list[Mixer]:
         return cast("list[Mixer]", list(self.experts))
 
-    def init_state(self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
-        """The states of the experts before the first token; UnsupportedError where they have none."""
-        if not self.supports.streaming:
-            return Mixer.init_state(self, batch_size)
-        return super().init_state(batch_size, device=device, dtype=dtype)
-
-    def extend(
-        self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None = None
-    ) -> tuple[Float[Tensor, "b n c"], State]:
-        """Process the next tokens; UnsupportedError where the experts do not stream."""
-        if not self.supports.streaming:
-            return Mixer.extend(self, x, state, mask=mask)
-        return super().extend(x, state, mask=mask)
-
     def begin(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         """The empty states of the experts."""
         kept = self._streaming[:1] if self.one_cache else self._streaming

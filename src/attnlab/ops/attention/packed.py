@@ -7,10 +7,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnlab.ops.attention import attention
-from attnlab.ops.executions import Counts, executions
+from attnlab.ops.executions import Counts, execution
 
 
-@executions.register("packed", family="varlen", paper="byte-transformer")
+@execution("packed", family="varlen", paper="byte-transformer")
 def packed(
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b h m d"],

@@ -1,6 +1,6 @@
 r"""What an attention map says of itself: entropy and its bound, concentration, head diversity, sink and local focus.
 
-And what activations say of their outliers: the largest entry and the kurtosis.
+What activations say of their outliers: the largest entry and the kurtosis. And the maps of all layers in one: rollout.
 
 Maps are $A \in \mathbb{R}^{b \times h \times n \times m}$, rows the weights of one query, not negative. Masks are True at real
 tokens; masked queries, masked keys and rows without any weight are left out of every mean. The last query stands at the last key.
@@ -17,6 +17,7 @@ from attnlab.ops.maps.indicators import (
     sink,
 )
 from attnlab.ops.maps.outliers import inf_norm, kurtosis
+from attnlab.ops.maps.rollout import rollout
 
 __all__ = [
     "attention_entropy",
@@ -26,5 +27,6 @@ __all__ = [
     "inf_norm",
     "kurtosis",
     "local_focus",
+    "rollout",
     "sink",
 ]

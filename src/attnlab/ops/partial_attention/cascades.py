@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attnlab.ops.executions import Counts, executions, real_keys
+from attnlab.ops.executions import Counts, execution, real_keys
 
 TILE = 128
 
@@ -65,7 +65,7 @@ class _Keys:
         return self.q.new_full((*self.q.shape[:3], 1), value)
 
 
-@executions.register("naive", family="cascade", paper="fusemax")
+@execution("naive", family="cascade", paper="fusemax")
 def naive(
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b h m d"],
@@ -83,7 +83,7 @@ def naive(
     return torch.stack(parts).sum(0)
 
 
-@executions.register("three_pass", family="cascade", paper="fusemax")
+@execution("three_pass", family="cascade", paper="fusemax")
 def three_pass(
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b h m d"],
@@ -103,7 +103,7 @@ def three_pass(
     return torch.stack(parts).sum(0)
 
 
-@executions.register("deferred_division", family="cascade", paper="fusemax")
+@execution("deferred_division", family="cascade", paper="fusemax")
 def deferred_division(
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b h m d"],
@@ -124,7 +124,7 @@ def deferred_division(
     return keys.divide(mixed, total)
 
 
-@executions.register("two_pass", family="cascade", paper="fusemax")
+@execution("two_pass", family="cascade", paper="fusemax")
 def two_pass(
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b h m d"],
@@ -150,7 +150,7 @@ def two_pass(
     return keys.divide(mixed, total)
 
 
-@executions.register("one_pass", family="cascade", paper="fusemax")
+@execution("one_pass", family="cascade", paper="fusemax")
 def one_pass(
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b h m d"],

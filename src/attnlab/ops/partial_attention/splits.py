@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attnlab.ops.executions import Counts, executions, real_keys
+from attnlab.ops.executions import Counts, execution, real_keys
 from attnlab.ops.partial_attention import Partial, merge, partial_attention
 from attnlab.ops.partial_attention.schedule import stream_k, tiles_of
 
@@ -50,7 +50,7 @@ def split_attention(
     return Partial(output.unflatten(2, (-1, q.shape[2])).flatten(1, 2), lse.unflatten(2, (-1, q.shape[2])).flatten(1, 2))
 
 
-@executions.register("split_keys", family="decode", paper="lean-attention")
+@execution("split_keys", family="decode", paper="lean-attention")
 def split_keys(
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b h m d"],
@@ -60,14 +60,23 @@ def split_keys(
     counts: Counts | None = None,
     parts: int = 8,
 ) -> Float[Tensor, "b h n e"]:
-    """Every example's keys in ``parts`` pieces of about one size, attended to apart and merged (Flash-Decoding's order)."""
+    """Every example's keys in pieces of about one size, attended to apart and merged (Flash-Decoding's order).
+
+    Args:
+        parts: how many pieces.
+
+    Raises:
+        ValueError: for fewer than one.
+    """
+    if parts < 1:
+        raise ValueError(f"parts: expected at least 1, got {parts}")
     m = k.shape[2]
     sizes = [(part + 1) * m // parts - part * m // parts for part in range(parts)]
     _tally(counts, q, k, v, max(sizes))
     return split_attention(q, k, v, sizes, lengths=lengths).output
 
 
-@executions.register("stream_k", family="decode", paper="lean-attention")
+@execution("stream_k", family="decode", paper="lean-attention")
 def stream_k_attention(
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b h m d"],
@@ -82,6 +91,13 @@ def stream_k_attention(
 
     The tiles of all examples and heads lie on one line; each worker takes an equal stretch of it, which may end one output and
     begin the next. Partial outputs of the same output are merged in any order. Here the workers take turns.
+
+    Args:
+        tile: keys that are dealt at once.
+        workers: how many.
+
+    Raises:
+        ValueError: for fewer than one of either.
     """
     b, h, _, _ = q.shape
     lengths = torch.full((b,), k.shape[2], device=q.device) if lengths is None else lengths
