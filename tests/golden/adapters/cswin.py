@@ -13,6 +13,7 @@ from golden.layers import layer_norm, linear, mlp
 from golden.recording import Recording, fill, renamed
 
 PROVES = ("position:lepe",)
+LATER = {"backbone"}  # a whole network; named models are not here yet
 
 _CTOR = re.compile(r"CSWinBlock\(dim=(\d+),reso=(\d+),num_heads=(\d+),split_size=(\d+)")
 
