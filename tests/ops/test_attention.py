@@ -89,7 +89,7 @@ def test_error_budget(dtype, causal) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("normalizer", ["softmax", "softmax_plus_one", "sigmoid", ClippedSoftmax(-0.01)])
+@pytest.mark.parametrize("normalizer", ["softmax", "softmax_plus_one", "sigmoid", "tanh", ClippedSoftmax(-0.01)])
 def test_error_budget_of_the_blocks(dtype, normalizer) -> None:
     def form(backend):
         def function(q, k, v, offsets, factor):

@@ -1,4 +1,4 @@
-"""Biases by absolute offset: the table's entries, ranks, streaming, and grids that are too large."""
+"""Biases by absolute offset: the table's entries, ranks, streaming, and longer grids."""
 
 from __future__ import annotations
 
@@ -42,13 +42,26 @@ def test_it_streams() -> None:
     torch.testing.assert_close(torch.cat((first, second), 1), mixer(x), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("grid", [(2, 8), (2, 2, 4), None], ids=str)
-def test_a_grid_that_is_too_large(grid) -> None:
-    with pytest.raises(ValueError, match="up to size=7"):
-        create_mixer("softmax", 16, 2, position="absolute_offsets")(torch.randn(1, 16, 16), grid=grid)
+def test_a_longer_grid_resizes_absolute_offsets_but_not_a_causal_line() -> None:
+    position = create_position("absolute_offsets", 1, 4, {"size": 3}).double()
+    with torch.no_grad():
+        position.table.copy_(torch.arange(3.0)[None, :, None].expand(1, 3, 3))  # grows with the row offset
+    q = torch.zeros(1, 1, 25, 4, dtype=torch.float64)
+    bias = position.bias(q, 25, causal=False, grid=(5, 5))[0, 0].detach()
+    assert float(bias[0, 24]) == pytest.approx(2.0)  # four rows apart of four: the table's end
+    assert float(bias[0, 10]) == pytest.approx(1.0)
+    line = create_position("absolute_offsets", 1, 4, {"size": 3, "rank": 1}).double()
+    with torch.no_grad():
+        line.table.copy_(torch.arange(3.0)[None])
+    assert line.bias(q, 25, causal=True, grid=None)[0, 0, 20].tolist() == [2.0] * 19 + [1.0, 0.0, 1.0, 2.0, 2.0, 2.0]
 
 
-@pytest.mark.parametrize("options", [{"size": 0}, {"rank": 0}])
+def test_a_grid_of_a_higher_rank_is_refused() -> None:
+    with pytest.raises(ValueError, match="built for rank 2"):
+        create_mixer("softmax", 16, 2, position="absolute_offsets")(torch.randn(1, 16, 16), grid=(2, 2, 4))
+
+
+@pytest.mark.parametrize("options", [{"size": 0}, {"rank": 0}, {"rank": 4}])
 def test_bad_options(options) -> None:
-    with pytest.raises(ValueError, match="size, rank"):
+    with pytest.raises(ValueError, match=next(iter(options))):
         create_position("absolute_offsets", 2, 4, options)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from attnlab import Tokens, UnknownNameError, UnsupportedError, create_mixer
+from attnlab import Tokens, UnknownNameError, UnsupportedError, create_mixer, list_mixers, mixer_info, use_backend
 from attnlab.positions import create_position, positions
 from attnlab.positions.alibi import alibi_slopes
 from attnlab.positions.convolutional import ConvolutionalPosition
@@ -104,6 +104,26 @@ def test_every_position_is_taken_by_name(name) -> None:
     assert torch.isfinite(y).all()
     moved = mixer(x.flip(1), grid=(2, 3)).flip(1)
     assert torch.allclose(moved, y, atol=1e-6) == (name in ("none", "alibi", "absolute_offsets"))  # these see no direction
+
+
+def _with_position() -> list[str]:
+    """The mixers of the dense family that take a position by name."""
+    names = list_mixers(family="dense", tokens_option=None)
+    return [name for name in names if any(option.name == "position" for option in mixer_info(name).options)]
+
+
+@pytest.mark.parametrize("mixer", _with_position())
+def test_every_dense_mixer_takes_every_position(mixer) -> None:
+    grid = (2, 3) if 2 in mixer_info(mixer).supports.grid else None
+    for name in positions.names():
+        line = {"rank": 1} if grid is None and "rank" in {option.name for option in positions.info(name).options} else None
+        built = create_mixer(mixer, 16, 2, position=name, position_options=line, **dict(mixer_info(mixer).example)).double()
+        _perturb(built)
+        x = torch.randn(1, 6, 16, dtype=torch.float64)
+        y = built(x, grid=grid)
+        assert torch.isfinite(y).all(), name
+        with use_backend("reference"):
+            torch.testing.assert_close(built(x, grid=grid), y, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["rotary", "alibi", "relative"])

@@ -150,17 +150,6 @@ def test_a_table_whose_offsets_are_clipped(grid) -> None:
         assert torch.equal(bias[:, i, j], position.table[(slice(None), *entry)])
 
 
-@pytest.mark.tier("T2", "position:absolute_offsets")
-def test_absolute_offsets() -> None:
-    position = create_position("absolute_offsets", 2, 4, {"size": 3})
-    with torch.no_grad():
-        position.table.normal_()
-    cells = _cells((2, 3))
-    bias = position.bias(torch.zeros(1, 2, 6, 4), 6, causal=False, grid=(2, 3))[0]
-    for (i, a), (j, b) in itertools.product(enumerate(cells), enumerate(cells)):
-        assert torch.equal(bias[:, i, j], position.table[:, abs(a[0] - b[0]), abs(a[1] - b[1])])
-
-
 @pytest.mark.tier("T2", "position:lepe")
 def test_lepe_is_a_convolution_of_the_values() -> None:
     mixer = create_mixer("softmax", 8, 2, position="lepe", num_kv_heads=1).double()

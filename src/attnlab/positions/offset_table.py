@@ -12,7 +12,7 @@ from attnlab.ops.attention import Pairwise
 from attnlab.positions.base import Position, offsets_between, positions
 from attnlab.positions.grid_offsets import spread
 
-_MODES = {1: "linear", 2: "bicubic", 3: "trilinear"}
+RESIZE_MODES = {1: "linear", 2: "bicubic", 3: "trilinear"}
 
 
 @positions.register("offset_table", family="bias", paper="hat")
@@ -50,8 +50,8 @@ class OffsetTable(Position):
         super().__init__(num_heads, head_dim)
         if size < 2:
             raise ValueError(f"size: expected at least 2, got {size}")
-        if rank not in _MODES:
-            raise ValueError(f"rank: expected one of {sorted(_MODES)}, got {rank}")
+        if rank not in RESIZE_MODES:
+            raise ValueError(f"rank: expected one of {sorted(RESIZE_MODES)}, got {rank}")
         if direction not in ("query_minus_key", "key_minus_query"):
             raise ValueError(f"direction: expected 'query_minus_key' or 'key_minus_query', got {direction!r}")
         if other_sizes not in ("resized", "clipped"):
@@ -77,5 +77,5 @@ class OffsetTable(Position):
                 offsets = torch.arange(1 - side, side, device=q.device)
                 table = table.index_select(axis, offsets.clamp(-reach, reach) + reach)
         elif table.shape[1:] != sides:
-            table = F.interpolate(table[None], size=sides, mode=_MODES[self.rank], align_corners=True)[0]
+            table = F.interpolate(table[None], size=sides, mode=RESIZE_MODES[self.rank], align_corners=True)[0]
         return spread(table.flatten(1), grid, q.shape[2])

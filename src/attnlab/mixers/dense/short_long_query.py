@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
@@ -49,6 +50,7 @@ class ShortLongQueryAttention(StreamingMixer):
         residual: as for `LongQueryAttention`.
         project_out: likewise.
         position: name of a registered position, in both branches.
+        position_options: the position's own options.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -70,6 +72,7 @@ class ShortLongQueryAttention(StreamingMixer):
         residual: bool = True,
         project_out: bool = False,
         position: str = "none",
+        position_options: Mapping[str, Any] | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -77,7 +80,7 @@ class ShortLongQueryAttention(StreamingMixer):
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: expected 0 to 1, got {alpha}")
         common: dict[str, Any] = {"causal": causal, "residual": residual, "project_out": project_out, "position": position}
-        common |= {"device": device, "dtype": dtype}
+        common |= {"position_options": position_options, "device": device, "dtype": dtype}
         sizes = {"short": 1, "long": window}
         built = {name: LongQueryAttention(dim, num_heads, window=sizes[name], **common) for name in _NAMES}
         self.branches = nn.ModuleDict(built)
