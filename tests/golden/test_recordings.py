@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from attnlab.papers.catalog import paper
 from golden import adapters
 from golden.recording import FOLDER, Recording, in_float32, recordings
 
@@ -36,6 +37,7 @@ CASES = [
 
 def test_there_are_recordings() -> None:
     assert CASES, f"no recording of {sorted(ADAPTERS)} in {FOLDER}"
+    assert all(paper(slug).recorded for slug in ADAPTERS)
 
 
 @pytest.mark.parametrize("recording", CASES)

@@ -29,6 +29,7 @@ def test_catalogue_is_whole_and_normalised():
         assert row.arxiv is None or row.year == 2000 + int(row.arxiv[:2]), row
         assert row.code is None or re.fullmatch(r"https?://[\w.-]+/[\w./-]+", row.code), row
     assert sum(row.reconstruction for row in rows) == 20
+    assert not any(row.reconstruction and row.recorded for row in rows)
 
 
 def test_catalogue_is_read_once():
@@ -98,11 +99,13 @@ def test_a_paper_is_proven_when_every_applicable_tier_holds():
     assert coverage({"mixer": FakeRegistry({"agent": "agent-attention"})}, evidence)[18].proven
 
 
-def test_reconstructions_are_not_asked_for_equivalence_with_the_authors():
-    assert "T3" not in applicable_tiers(Paper(0, "a", "A", 2024, reconstruction=True), "mixer")
-    assert applicable_tiers(Paper(0, "a", "A", 2024), "mixer") == ("T1", "T2", "T3", "T5")
-    assert applicable_tiers(Paper(0, "a", "A", 2024), "model") == ("T2", "T3", "T4", "T5")
-    assert applicable_tiers(Paper(0, "a", "A", 2024), "position") == ("T2", "T3")
+def test_equivalence_with_the_authors_is_asked_for_where_there_are_recordings():
+    assert "T3" not in applicable_tiers(Paper(0, "a", "A", 2024), "mixer")
+    recorded = Paper(0, "a", "A", 2024, recorded=True)
+    assert applicable_tiers(recorded, "mixer") == ("T1", "T2", "T3", "T5")
+    assert applicable_tiers(recorded, "model") == ("T2", "T3", "T4", "T5")
+    assert applicable_tiers(recorded, "position") == ("T2", "T3")
+    assert applicable_tiers(recorded, "schedule") == applicable_tiers(recorded, "execution") == ("T2",)
 
 
 def test_coverage_refuses_a_registration_for_a_paper_that_is_not_there():

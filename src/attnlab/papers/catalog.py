@@ -30,6 +30,7 @@ class Paper:
         family: the group of mechanisms that it belongs to: "linear", "local", "cross", ...
         reconstruction: True where the paper could not be read in full, so that what is built is no more than a
             reconstruction, and no equivalence with the paper is claimed.
+        recorded: True where vectors of the authors' code were recorded to compare with.
     """
 
     index: int
@@ -41,6 +42,7 @@ class Paper:
     kind: str = ""
     family: str = ""
     reconstruction: bool = False
+    recorded: bool = False
 
 
 @cache

@@ -51,10 +51,11 @@ class CoverageRow:
 def applicable_tiers(paper: Paper, kind: str) -> tuple[str, ...]:
     """The tiers that a thing of registry ``kind`` can be asked for.
 
-    T1 is asked of mixers alone, T4 of models alone, T5 of what can be trained by itself, T3 of no reconstruction and of nothing
-    that has no output of its own (schedules, search spaces) or only another order of work (executions).
+    T1 is asked of mixers alone, T4 of models alone, T5 of what can be trained by itself; T3 where the authors' code was recorded,
+    and not of what has no output of its own (schedules, search spaces) or is another order of the same work (executions).
     """
-    left_out = {"T3"} if paper.reconstruction or kind in ("schedule", "search_space", "execution") else set()
+    other = kind in ("schedule", "search_space", "execution")
+    left_out = set() if paper.recorded and not other else {"T3"}
     left_out |= set() if kind == "mixer" else {"T1"}
     left_out |= set() if kind == "model" else {"T4"}
     left_out |= set() if kind in ("mixer", "model") else {"T5"}
