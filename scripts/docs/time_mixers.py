@@ -11,6 +11,8 @@ import argparse
 import torch
 from sitegen.timings import CACHE, load, measure, save
 
+from attnlab import list_mixers
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time mixers in interleaved pairs with softmax attention.")
@@ -20,10 +22,10 @@ def main() -> None:
     parser.add_argument("--note", default="", help="what a reader of the times should know; the pages print it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    data = measure(options.names or None, seconds=options.seconds, say=lambda line: print(line, flush=True))
-    if options.names:
-        data["mixers"] = load()["mixers"] | data["mixers"]
-    save(data | {"note": options.note})
+    for name in options.names or list_mixers():  # each is kept as soon as it is measured
+        data = measure([name], seconds=options.seconds, say=lambda line: print(line, flush=True))
+        known = load()["mixers"] if CACHE.exists() else {}
+        save(data | {"mixers": known | data["mixers"], "note": options.note})
     print(f"wrote {CACHE}")
 
 

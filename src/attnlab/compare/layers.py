@@ -49,9 +49,12 @@ def can_be_causal(name: str) -> bool:
 
 
 def build_layer(layer: Layer, tokens: int, seed: int = 0) -> Mixer:
-    """The mixer, initialised from ``seed``, for ``tokens`` where an option fixes them; torch's generator is left alone."""
-    option = mixer_info(layer.name).supports.tokens_option
+    """The mixer, initialised from ``seed``, for ``tokens`` where an option says how many; torch's generator is left alone."""
+    info = mixer_info(layer.name)
+    option = info.supports.tokens_option
     fixed = {} if option is None else {option: tokens}
+    if any(o.name == "max_length" and isinstance(o.default, int) and o.default < tokens for o in info.options):
+        fixed["max_length"] = tokens
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return create_mixer(layer.name, layer.dim, layer.num_heads, causal=layer.causal, **{**layer.options, **fixed})

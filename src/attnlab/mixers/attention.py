@@ -51,7 +51,8 @@ class AttentionOptions(TypedDict, total=False):
 class AttentionMixer(Mixer):
     """Queries, keys and values of several heads, an operator on them, an output projection.
 
-    A subclass implements `attend`, which must be linear in the values: the mixing matrix is what it makes of the identity.
+    The operator is softmax attention; a subclass may exchange `attend`, which must be linear in the values: the mixing matrix is
+    what it makes of the identity.
 
     Args:
         dim: width of the tokens.
@@ -116,8 +117,8 @@ class AttentionMixer(Mixer):
         masks: Masks,
         grid: Grid | None,
     ) -> Float[Tensor, "b h n e"]:
-        """The operator. The last query stands at the last key where causal."""
-        raise NotImplementedError(f"{type(self).__name__} is abstract: implement attend")
+        """Softmax over the allowed keys. The last query stands at the last key where causal."""
+        return self.dense(q, k, v, masks, grid)
 
     def weigh_heads(
         self, heads: Float[Tensor, "b h n e"], x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None

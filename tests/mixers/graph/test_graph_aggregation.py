@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attnlab import check, create_mixer
+from attnlab.mixers.graph import graph_aggregation
 from mixers.definition import assert_defined_by, build, split_heads, tokens
 from mixers.graph_definition import adjacency, perceptron
 
@@ -63,3 +64,16 @@ def test_the_relu_graph_keeps_the_laws() -> None:
 def test_bad_options(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         create_mixer("graph_aggregation", 8, 2, **options)
+
+
+def test_messages_in_blocks_are_messages_at_once(monkeypatch) -> None:
+    mixer, x = build("graph_aggregation", 8, 2, causal=True), tokens(7, 8)
+
+    def measured() -> list[torch.Tensor]:
+        y = mixer(x)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *mixer.parameters()], allow_unused=True)]
+
+    whole = measured()
+    monkeypatch.setattr(graph_aggregation, "_BLOCK", 2 * 2 * 7 * 4)  # two rows
+    for ours, theirs in zip(measured(), whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

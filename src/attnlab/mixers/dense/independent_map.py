@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from attnlab.core.catalog import mixers
 from attnlab.core.grid import Grid
-from attnlab.core.masks import Masks, zero_masked
+from attnlab.core.masks import zero_masked
 from attnlab.mixers.attention import DENSE, AttentionOptions, CachedAttention
 
 
@@ -70,17 +70,6 @@ class IndependentMapAttention(CachedAttention):
             return super().project(x, context, index)
         q, k, _ = super().project(_like(self._source, x), context, index)
         return q, k, rearrange(self.v_proj(x), "b m (h d) -> b h m d", h=self.num_kv_heads)
-
-    def attend(
-        self,
-        q: Float[Tensor, "b h n d"],
-        k: Float[Tensor, "b hk m d"],
-        v: Float[Tensor, "b hk m e"],
-        masks: Masks,
-        grid: Grid | None,
-    ) -> Float[Tensor, "b h n e"]:
-        """Softmax over the allowed keys."""
-        return self.dense(q, k, v, masks, grid)
 
 
 def _like(source: Tensor, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:

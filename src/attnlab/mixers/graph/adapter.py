@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from jaxtyping import Float
 from torch import Tensor
-from typing_extensions import Unpack
 
 from attnlab.core.grid import Grid
 from attnlab.core.masks import Masks
-from attnlab.mixers.attention import AttentionMixer, AttentionOptions
+from attnlab.mixers.graph.map_attention import MapAttention
 from attnlab.ops.attention import attention_map
 
 
-class GraphAdapter(AttentionMixer):
+class GraphAdapter(MapAttention):
     r"""Softmax attention $y = W_o A V$ plus an update from message passing on the graph $A$; a subclass implements `update`.
 
     The mixing matrix is A; the update is outside of it. The map is formed: memory O(n m) a head.
@@ -26,40 +25,13 @@ class GraphAdapter(AttentionMixer):
         ValueError: for grouped heads.
     """
 
-    def __init__(self, dim: int, num_heads: int = 8, **options: Unpack[AttentionOptions]) -> None:
-        super().__init__(dim, num_heads, **options)
-        if self.num_kv_heads != num_heads:
-            raise ValueError(f"num_kv_heads: expected {num_heads} (num_heads): every head has its graph, got {self.num_kv_heads}")
-
-    def adjacency(
+    def form_map(
         self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], masks: Masks, grid: Grid | None
     ) -> Float[Tensor, "b h n m"]:
         """The softmax map."""
         bias = self.position.bias(q, k.shape[2], causal=self.causal, grid=grid)
         factor = self.position.factor(q, k.shape[2], causal=self.causal, grid=grid)
         return attention_map(q, k, bias=bias, factor=factor, causal=self.causal, key_mask=masks.key, pair_mask=masks.pair)
-
-    def attend(
-        self,
-        q: Float[Tensor, "b h n d"],
-        k: Float[Tensor, "b hk m d"],
-        v: Float[Tensor, "b hk m e"],
-        masks: Masks,
-        grid: Grid | None,
-    ) -> Float[Tensor, "b h n e"]:
-        """The map times the values."""
-        return self.adjacency(q, k, masks, grid) @ v
-
-    def matrix(
-        self,
-        x: Float[Tensor, "b n c"],
-        context: Float[Tensor, "b m c2"] | None,
-        masks: Masks,
-        grid: Grid,
-    ) -> Float[Tensor, "b h n m"]:
-        """The map."""
-        q, k, _ = self.project(x, context, self.place(x, masks.query))
-        return self.adjacency(q, k, masks, grid)
 
     def mix(
         self,
@@ -70,7 +42,7 @@ class GraphAdapter(AttentionMixer):
     ) -> Float[Tensor, "b n c"]:
         """Attention, and the update."""
         q, k, v = self.project(x, context, self.place(x, masks.query))
-        graph = self.adjacency(q, k, masks, grid)
+        graph = self.form_map(q, k, masks, grid)
         heads = graph @ v
         self.emit("values", v)
         self.emit("mixed", heads)

@@ -16,8 +16,9 @@ from typing_extensions import Unpack
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
-from attnlab.mixers.attention import AttentionMixer, AttentionOptions
+from attnlab.mixers.attention import AttentionOptions
 from attnlab.mixers.graph.adjacency import Shaping
+from attnlab.mixers.graph.map_attention import MapAttention
 from attnlab.ops.attention import attention_map
 
 
@@ -42,7 +43,7 @@ class AdjacencyOptions(ScoreOptions, total=False):
     threshold: float
 
 
-class AdjacencyAttention(AttentionMixer):
+class AdjacencyAttention(MapAttention):
     r"""Attention whose map, shaped, is the adjacency of a graph for each head: $\hat A = f(A)$.
 
     $A = \mathrm{normalizer}(\alpha s_{ij} / T)$ with scores $s_{ij} = d^{-1/2} q_i^\top k_j$, or
@@ -89,8 +90,6 @@ class AdjacencyAttention(AttentionMixer):
         **options: Unpack[AttentionOptions],
     ) -> None:
         super().__init__(dim, num_heads, **options)
-        if self.num_kv_heads != num_heads:
-            raise ValueError(f"num_kv_heads: expected {num_heads} (num_heads): every head has its graph, got {self.num_kv_heads}")
         for name, value, known in (("score", score, ("dot", "mlp")), ("normalizer", normalizer, ("softmax", "identity"))):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {known}, got {value!r}")
@@ -143,7 +142,7 @@ class AdjacencyAttention(AttentionMixer):
         shaping = getattr(self, "shaping", None)
         return self.info.supports if shaping is None or not shaping.jumps else replace(self.info.supports, discontinuous=True)
 
-    def graph(
+    def form_map(
         self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], masks: Masks, grid: Grid | None
     ) -> Float[Tensor, "b h n m"]:
         """The adjacency."""
@@ -167,39 +166,3 @@ class AdjacencyAttention(AttentionMixer):
             maps.append(attention_map(q_part * heat, k_part, bias=bias, factor=edit, **slots))
         whole = maps[0] if self.difference is None else maps[0] - self.difference * maps[1]
         return self.shaping(whole, allowed)
-
-    def attend(
-        self,
-        q: Float[Tensor, "b h n d"],
-        k: Float[Tensor, "b hk m d"],
-        v: Float[Tensor, "b hk m e"],
-        masks: Masks,
-        grid: Grid | None,
-    ) -> Float[Tensor, "b h n e"]:
-        """The adjacency times the values."""
-        return self.graph(q, k, masks, grid) @ v
-
-    def matrix(
-        self,
-        x: Float[Tensor, "b n c"],
-        context: Float[Tensor, "b m c2"] | None,
-        masks: Masks,
-        grid: Grid,
-    ) -> Float[Tensor, "b h n m"]:
-        """The adjacency."""
-        q, k, _ = self.project(x, context, self.place(x, masks.query))
-        return self.graph(q, k, masks, grid)
-
-    def show(
-        self,
-        q: Float[Tensor, "b h n d"],
-        k: Float[Tensor, "b hk m d"],
-        v: Float[Tensor, "b hk m e"],
-        heads: Float[Tensor, "b h n e"],
-        masks: Masks,
-        grid: Grid | None,
-    ) -> None:
-        """Emit "values", "mixed" and, if anyone wants it, the adjacency, "attention"."""
-        self.emit("values", v)
-        self.emit("mixed", heads)
-        self.emit("attention", lambda: self.graph(q, k, masks, grid))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from typing_extensions import Unpack
 
 from attnlab.core.catalog import mixers
@@ -15,6 +16,8 @@ from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.mixers.graph.adjacency_attention import AdjacencyAttention, ScoreOptions
 from attnlab.mixers.graph.head_mlp import HeadMLP
+
+_BLOCK = 1 << 22  # numbers in the messages that exist at once, of an example
 
 
 @mixers.register(
@@ -40,7 +43,8 @@ class GraphAggregationAttention(AdjacencyAttention):
       o_i = W_2\, \mathrm{SiLU}(W_1 z_i + b_1) + b_2$$
 
     with a perceptron a head, whose outputs are concatenated and projected. The mixing matrix is $\hat A_h$: it multiplies the
-    values in all four, and "mixed" is their sum. By definition messages are formed for each pair: time and memory O(n^2 C).
+    values in all four, and "mixed" is their sum. By definition a message is formed for each pair: time O(n^2 C), memory O(n^2)
+    a head, for messages come in blocks.
 
     Args:
         dim: width of the tokens.
@@ -85,7 +89,7 @@ class GraphAggregationAttention(AdjacencyAttention):
     ) -> Float[Tensor, "b n c"]:
         """Form the graph, aggregate in four ways, and project."""
         q, k, v = self.project(x, context, self.place(x, masks.query))
-        graph = self.graph(q, k, masks, grid)
+        graph = self.form_map(q, k, masks, grid)
         total = graph @ v
         self.show(q, k, v, total, masks, grid)
         heads = self.mlp(self._aggregate(q, graph, v, total, masks))
@@ -104,10 +108,31 @@ class GraphAggregationAttention(AdjacencyAttention):
         if allowed is None:
             allowed = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=v.device)
         allowed = allowed.expand(*allowed.shape[:2], graph.shape[2], graph.shape[3])
-        outside, count = ~allowed.unsqueeze(-1), allowed.sum(dim=-1, keepdim=True).clamp(min=1)
-        messages = graph.unsqueeze(-1) * v.unsqueeze(2)
+        count = allowed.sum(dim=-1, keepdim=True).clamp(min=1)
         mean = total / count
-        largest = messages.masked_fill(outside, float("-inf")).amax(dim=3)
-        largest = largest.masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0)
-        spread = (messages - mean.unsqueeze(3)).masked_fill(outside, 0.0).square().sum(dim=3) / count
-        return torch.cat((total, mean, largest, spread), dim=-1)
+        rows = max(1, _BLOCK // (v.shape[1] * v.shape[2] * v.shape[3]))  # one example's messages of all heads
+        pieces = []
+        for place in range(0, graph.shape[2], rows):
+            part = slice(place, place + rows)
+            block = (graph[:, :, part], v, mean[:, :, part], allowed[:, :, part], count[:, :, part])
+            if rows >= graph.shape[2] or not torch.is_grad_enabled():
+                pieces.append(_extremes(*block))
+            else:  # recomputed in the backward pass, so that no more than a block of messages exists at once
+                pieces.append(checkpoint(_extremes, *block, use_reentrant=False, preserve_rng_state=False))
+        return torch.cat((total, mean, torch.cat(pieces, dim=2)), dim=-1)
+
+
+def _extremes(
+    graph: Float[Tensor, "b h r m"],
+    v: Float[Tensor, "b h m e"],
+    mean: Float[Tensor, "b h r e"],
+    allowed: Bool[Tensor, "#b #h r m"],
+    count: Int[Tensor, "#b #h r 1"],
+) -> Float[Tensor, "b h r e2"]:
+    """Maximum and variance of the messages to some of the nodes."""
+    outside = ~allowed.unsqueeze(-1)
+    messages = graph.unsqueeze(-1) * v.unsqueeze(2)
+    largest = messages.masked_fill(outside, float("-inf")).amax(dim=3)
+    largest = largest.masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0)
+    spread = (messages - mean.unsqueeze(3)).masked_fill(outside, 0.0).square().sum(dim=3) / count
+    return torch.cat((largest, spread), dim=-1)

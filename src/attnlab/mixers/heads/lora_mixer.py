@@ -9,9 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from attnlab.core.catalog import mixers
-from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
-from attnlab.core.masks import Masks
 from attnlab.mixers.attention import DENSE, AttentionOptions, CachedAttention
 from attnlab.mixers.parts.routed_lora import route_projections
 
@@ -93,17 +91,6 @@ class LoraMixer(CachedAttention):
     def supports(self) -> Supports:
         """With all experts in use there is no choice; in training there is none either."""
         return self.info.supports if getattr(self, "chooses", True) else DENSE
-
-    def attend(
-        self,
-        q: Float[Tensor, "b h n d"],
-        k: Float[Tensor, "b hk m d"],
-        v: Float[Tensor, "b hk m e"],
-        masks: Masks,
-        grid: Grid | None,
-    ) -> Float[Tensor, "b h n e"]:
-        """Softmax over the allowed keys."""
-        return self.dense(q, k, v, masks, grid)
 
     def weigh_heads(
         self, heads: Float[Tensor, "b h n e"], x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None
