@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attnlab import UnknownNameError
 from attnlab.ops.attention import attention
-from attnlab.ops.executions import Counts, executions
+from attnlab.ops.executions import Counts, execute, executions
 from attnlab.ops.partial_attention.schedule import Segment, fixed_split, makespan, no_split, occupancy, stream_k, tiles_of
 from attnlab.ops.partial_attention.splits import split_attention
 
@@ -115,6 +116,15 @@ def test_occupancy_on_a_ragged_batch() -> None:
     assert occupancy(stream_k(tiles, 8)) > 0.99
     assert occupancy(no_split(tiles, 8)) < 0.13
     assert occupancy(no_split(tiles, 8)) < occupancy(fixed_split(tiles, 8, 8)) <= occupancy(stream_k(tiles, 8))
+
+
+def test_by_name() -> None:
+    q, k, v = _inputs(1, 2, 6)
+    torch.testing.assert_close(execute("split_keys", q, k, v, parts=2), attention(q, k, v))
+    with pytest.raises(UnknownNameError, match="did you mean 'stream_k'"):
+        execute("streamk", q, k, v)
+    with pytest.raises(UnknownNameError, match="no option 'tiles'"):
+        execute("stream_k", q, k, v, tiles=3)
 
 
 def test_bad_input() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from attnlab import list_mixers, mixer_info
-from attnlab.cli.describe import cost_text, default_text, example, headline, proofs
+from attnlab.cli.describe import cost_text, default_text, example, headline, proofs, verb
 from attnlab.cli.docstrings import describe_arguments, parse
 from attnlab.core.catalog import mixers
 from attnlab.papers.catalog import citation, paper
@@ -67,9 +67,7 @@ def generated() -> dict[str, str | bytes]:
     files["reference/ops.md"] = render("ops.md.j2", modules=op_modules())
     for kind, registry in facts.parts().items():
         entries = [entry_part(entry) for entry in registry.entries()]
-        files[part_path(kind)] = render(
-            "part.md.j2", kind=kind, title=part_title(kind), package=registry.package, entries=entries
-        )
+        files[part_path(kind)] = render("part.md.j2", kind=kind, title=part_title(kind), verb=verb(kind), entries=entries)
     return files
 
 

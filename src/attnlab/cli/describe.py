@@ -132,10 +132,15 @@ def example(entry: Entry[Any]) -> str:
         causal = {"causal": True} if info.supports.causal == "optional" else {}
         needed = {"dim": 64} | heads | causal | dict(info.example)
         return f"attnlab.create_mixer({_call(entry.name, needed)})"
-    module = registry(info.kind).package
     if info.kind == "modifier":
-        return f'{module}.apply_modifier(..., "{entry.name}")'
-    return f"{module}.create_{info.kind}({_call(entry.name, needed)})"
+        return f'{verb(info.kind)}(..., "{entry.name}")'
+    return f"{verb(info.kind)}({_call(entry.name, needed)})"
+
+
+def verb(kind: str) -> str:
+    """The function, with its module, that makes an entry of a kind do its work."""
+    own = {"modifier": "apply_modifier", "execution": "executions.execute"}
+    return f"{registry(kind).package}.{own.get(kind, f'create_{kind}')}"
 
 
 def _call(name: str, options: Mapping[str, Any]) -> str:

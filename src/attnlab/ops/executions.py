@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -70,6 +70,22 @@ def execution(name: str, *, family: str, paper: str) -> Callable[[F], F]:
         return executions.register(name, family=family, paper=paper)(function)
 
     return enter
+
+
+def execute(
+    name: str,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b h m d"],
+    v: Float[Tensor, "b h m e"],
+    **options: Any,
+) -> Float[Tensor, "b h n e"]:
+    """Attention by the registered way called ``name``, with its own options.
+
+    Raises:
+        UnknownNameError: for an unknown name or option; the nearest ones are named.
+    """
+    result: Tensor = executions.create(name, q=q, k=k, v=v, **options)  # type: ignore[assignment]
+    return result
 
 
 def real_keys(lengths: Int[Tensor, "b"] | None, start: int, stop: int) -> Bool[Tensor, "b 1 1 m"] | None:
