@@ -94,6 +94,17 @@ def test_coverage_reads_registries_and_evidence():
     assert [row.paper.slug for row in rows if row.implemented] == ["agent-attention"]
 
 
+def test_a_part_of_a_paper_does_not_prove_it():
+    @dataclass(frozen=True)
+    class Parts:
+        def entries(self) -> list[Entry]:
+            return [Entry("agent", dict, Info("agent", "position", "", "", "agent-attention", (), partial=True))]
+
+    row = coverage({"position": Parts()}, {"position:agent": dict.fromkeys(("T2", "T3"), HELD)})[18]
+    assert row.implemented and row.in_part and not any(row.missing.values())
+    assert not row.proven
+
+
 def test_a_paper_is_proven_when_every_applicable_tier_holds():
     evidence = {"mixer:agent": dict.fromkeys(("T1", "T2", "T3", "T5"), HELD)}
     assert coverage({"mixer": FakeRegistry({"agent": "agent-attention"})}, evidence)[18].proven

@@ -41,11 +41,12 @@ def papers_command(
 
 
 def counts(rows: Sequence[CoverageRow]) -> dict[str, int]:
-    """How many papers there are, are implemented, are proven in all tiers that apply, and are missing."""
+    """How many papers there are, are implemented, are so in part, are proven in all tiers that apply, and are missing."""
     implemented = sum(row.implemented for row in rows)
     return {
         "papers": len(rows),
         "implemented": implemented,
+        "in_part": sum(row.in_part for row in rows),
         "proven": sum(row.proven for row in rows),
         "missing": len(rows) - implemented,
     }
@@ -54,7 +55,7 @@ def counts(rows: Sequence[CoverageRow]) -> dict[str, int]:
 def count_line(rows: Sequence[CoverageRow]) -> str:
     """The counts as a sentence."""
     n = counts(rows)
-    built = f"{n['implemented']} implemented, of which {n['proven']} proven in every tier that applies"
+    built = f"{n['implemented']} implemented ({n['in_part']} of them in part), {n['proven']} proven in every tier that applies"
     return f"{n['papers']} papers: {built}; {n['missing']} missing"
 
 
@@ -62,6 +63,7 @@ def row_data(row: CoverageRow) -> dict[str, Any]:
     """A row as plain data."""
     return paper_data(row.paper) | {
         "implemented": row.implemented,
+        "in_part": row.in_part,
         "proven": row.proven,
         "things": list(row.things),
         "tiers": {thing: list(tiers) for thing, tiers in row.tiers.items()},
@@ -99,7 +101,7 @@ def _print_one(row: CoverageRow) -> None:
         out.print(Text("Could not be read in full: what is built is a reconstruction, and no equivalence is claimed."))
     for thing in row.things:
         out.print()
-        out.print(Text(thing, style="bold"))
+        out.print(Text.assemble((thing, "bold"), "  a part of what the paper has" if thing in row.partial else ""))
         for tier in row.tiers[thing]:
             out.print(Text(f"  {tier} {TIERS[tier]}"))
         for tier in row.missing[thing]:

@@ -92,6 +92,7 @@ class Info:
         family: the room it stands in ("linear", "dense", ...).
         paper: slug of the paper in `attnlab.papers`, or None for common knowledge.
         options: the constructor's arguments.
+        partial: it is a part of what the paper has, and not its mechanism.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Info:
     family: str
     paper: str | None
     options: tuple[Option, ...]
+    partial: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -50,17 +50,21 @@ class Registry(Generic[T]):
         *,
         family: str = "",
         paper: str | None = None,
+        partial: bool = False,
         supports: Supports | None = None,
         example: dict[str, Any] | None = None,
     ) -> Callable[[F], F]:
-        """Decorator that enters a class or function under ``name``; ValueError if the name is taken."""
+        """Decorator that enters a class or function under ``name``; ValueError if the name is taken. Fields as in `Info`."""
 
         def enter(factory: F) -> F:
             known = self._entries.get(name)
             if known is not None and known.factory.__qualname__ != factory.__qualname__:
                 raise ValueError(f"{self.kind} {name!r} is registered already, by {known.factory.__module__}")
             common = (name, self.kind, first_line(factory.__doc__), family, paper, read_options(factory))
-            info = Info(*common) if supports is None else MixerInfo(*common, supports, tuple((example or {}).items()))
+            if supports is None:
+                info = Info(*common, partial=partial)
+            else:
+                info = MixerInfo(*common, supports, tuple((example or {}).items()), partial=partial)
             self._entries[name] = Entry(name, factory, info)
             if isinstance(factory, type):
                 factory.info = info  # type: ignore[attr-defined]

@@ -67,7 +67,7 @@ def full_at_bottom(
     return _placed(depth, full, local, range(starts[place], starts[place] + num_full))
 
 
-@schedules.register("interleaved", paper="deconstructing-attention")
+@schedules.register("interleaved", paper="deconstructing-attention", partial=True)
 def interleaved(depth: int, *, full: str = "softmax", local: str = "linear", every: int = 2) -> list[str]:
     """Full attention in every k-th layer, counted from 1; the other mixer between.
 
@@ -87,7 +87,7 @@ def interleaved(depth: int, *, full: str = "softmax", local: str = "linear", eve
     return _placed(depth, full, local, range(every - 1, depth, every))
 
 
-@schedules.register("quarter_softmax", paper="lasp2")
+@schedules.register("quarter_softmax", paper="lasp2", partial=True)
 def quarter_softmax(depth: int, *, full: str = "softmax", local: str = "linear") -> list[str]:
     """Softmax attention in every fourth layer, linear attention in the other three (Sun et al. 2025, LASP-2H).
 
@@ -101,7 +101,7 @@ def quarter_softmax(depth: int, *, full: str = "softmax", local: str = "linear")
     return interleaved(depth, full=full, local=local, every=4)
 
 
-@schedules.register("delta_hybrid", paper="deltanet")
+@schedules.register("delta_hybrid", paper="deltanet", partial=True)
 def delta_hybrid(
     depth: int, *, form: str = "window", full: str = "softmax", window: str = "sliding_window", local: str = "delta_net"
 ) -> list[str]:

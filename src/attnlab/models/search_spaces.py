@@ -20,7 +20,7 @@ def create_search_space(name: str, **options: Any) -> SearchSpace:
     return search_spaces.create(name, **options)
 
 
-@search_spaces.register("efficient_transformers", paper="nas-efficient-transformers")
+@search_spaces.register("efficient_transformers", paper="nas-efficient-transformers", partial=True)
 def efficient_transformers(
     *, mixers: tuple[str, ...] = ("softmax", "linear"), hidden: tuple[int, ...] = (1024, 2048, 3072)
 ) -> SearchSpace:

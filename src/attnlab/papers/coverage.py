@@ -29,6 +29,7 @@ class CoverageRow:
         paper: the paper.
         things: what is registered as implementing it, as ``"<kind>:<name>"``, sorted.
         tiers: for each of ``things`` the tiers that hold, sorted.
+        partial: which of ``things`` are a part of what the paper has, and not its mechanism.
         missing: for each of ``things`` the tiers that apply (`applicable_tiers`) and do not hold, sorted.
     """
 
@@ -36,6 +37,7 @@ class CoverageRow:
     things: tuple[str, ...]
     tiers: Mapping[str, tuple[str, ...]]
     missing: Mapping[str, tuple[str, ...]]
+    partial: frozenset[str] = frozenset()
 
     @property
     def implemented(self) -> bool:
@@ -43,9 +45,14 @@ class CoverageRow:
         return bool(self.things)
 
     @property
+    def in_part(self) -> bool:
+        """True when there are parts of the paper and not its mechanism."""
+        return self.implemented and set(self.things) == self.partial
+
+    @property
     def proven(self) -> bool:
-        """True when something implements the paper, and no tier that applies to it is missing."""
-        return self.implemented and not any(self.missing.values())
+        """True when something implements the paper's mechanism, and no tier that applies to what there is of it is missing."""
+        return self.implemented and not self.in_part and not any(self.missing.values())
 
 
 def applicable_tiers(paper: Paper, kind: str) -> tuple[str, ...]:
@@ -75,17 +82,19 @@ def coverage(registries: Mapping[str, EntrySource] | None = None, evidence: Evid
     sources: Mapping[str, EntrySource] = all_registries() if registries is None else registries
     proofs = load() if evidence is None else evidence
     implementing: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    parts = set()
     for kind, registry in sources.items():
         for entry in registry.entries():
             if entry.info.paper is not None:
                 implementing[paper(entry.info.paper).slug].append((kind, entry.name))
-    return [_row(subject, sorted(implementing[subject.slug]), proofs) for subject in papers()]
+                parts |= {f"{kind}:{entry.name}"} if entry.info.partial else set()
+    return [_row(subject, sorted(implementing[subject.slug]), proofs, parts) for subject in papers()]
 
 
-def _row(subject: Paper, entries: Sequence[tuple[str, str]], proofs: Evidence) -> CoverageRow:
+def _row(subject: Paper, entries: Sequence[tuple[str, str]], proofs: Evidence, parts: set[str]) -> CoverageRow:
     tiers, missing = {}, {}
     for kind, name in entries:
         thing = f"{kind}:{name}"
         tiers[thing] = tuple(tier for tier, proof in sorted(proofs.get(thing, {}).items()) if proof.holds)
         missing[thing] = tuple(tier for tier in applicable_tiers(subject, kind) if tier not in tiers[thing])
-    return CoverageRow(subject, tuple(tiers), tiers, missing)
+    return CoverageRow(subject, tuple(tiers), tiers, missing, frozenset(parts & set(tiers)))

@@ -13,7 +13,7 @@ from attnlab.positions.base import Position, positions
 from attnlab.positions.grid_offsets import spread, unique_offsets
 
 
-@positions.register("dynamic_mlp", family="bias", paper="crossformer")
+@positions.register("dynamic_mlp", family="bias", paper="crossformer", partial=True)
 class DynamicMLPPosition(Position):
     r"""Dynamic position bias (Wang et al. 2021, CrossFormer, section 3.3).
 

@@ -10,7 +10,7 @@ from attnlab.core.masks import zero_masked
 from attnlab.positions.base import Position, positions
 
 
-@positions.register("lepe", family="local", paper="cswin")
+@positions.register("lepe", family="local", paper="cswin", partial=True)
 class LocallyEnhancedPosition(Position):
     r"""LePE (Dong et al. 2021, CSWin, equation 7): head outputs plus a depthwise convolution of the values on the grid.
 

@@ -25,7 +25,7 @@ def log_offsets(grid: Grid, span: int | None = None) -> Float[Tensor, "u r"]:
     return delta.sign() * (delta.abs() + 1.0).log2() / math.log2(8.0)
 
 
-@positions.register("log_cpb", family="bias", paper="transnext")
+@positions.register("log_cpb", family="bias", paper="transnext", partial=True)
 class LogCPB(Position):
     r"""Log-spaced continuous position bias (Liu et al. 2022; in the form of TransNeXt, Shi 2023).
 

@@ -15,7 +15,7 @@ from attnlab.positions.grid_offsets import spread
 RESIZE_MODES = {1: "linear", 2: "bicubic", 3: "trilinear"}
 
 
-@positions.register("offset_table", family="bias", paper="hat")
+@positions.register("offset_table", family="bias", paper="hat", partial=True)
 class OffsetTable(Position):
     r"""A learned scalar a head and signed offset (Liu et al. 2021, Swin, equation 4; HAT, Chen et al. 2023, has it too).
 

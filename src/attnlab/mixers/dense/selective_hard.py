@@ -17,7 +17,12 @@ from attnlab.ops.attention import TopKSoftmax
 
 
 @mixers.register(
-    "selective_hard", family="dense", paper="axformer", supports=replace(DENSE, discontinuous=True), example={"k": 4}
+    "selective_hard",
+    family="dense",
+    paper="axformer",
+    partial=True,
+    supports=replace(DENSE, discontinuous=True),
+    example={"k": 4},
 )
 class SelectiveHardAttention(CachedAttention):
     r"""Attention that keeps the k largest scores of each row (Nagarajan et al. 2020, AxFormer).
