@@ -133,6 +133,20 @@ def test_sigmoid_weights_do_not_sum_to_one() -> None:
     torch.testing.assert_close(weights, torch.sigmoid(q @ k.transpose(-1, -2)))
 
 
+def test_the_custom_ops_are_whole() -> None:
+    q, k, v = (torch.randn(2, 6, 4, 4).transpose(1, 2).requires_grad_() for _ in range(3))  # as a layer's projections lie
+    dense = torch.randn(1, 4, 6, 6).transpose(2, 3).requires_grad_()
+    tables = torch.randn(4, 11, requires_grad=True), torch.randn(4, 11, 4, requires_grad=True)
+    terms = (dense, *tables, torch.rand(1, 1, 6, 6, requires_grad=True), torch.randn(4, 11, requires_grad=True))
+    rest = (torch.rand(2, 6) > 0.3, None, 0.5, True, "clipped_softmax", [-0.03, 1.0])
+    forward, backward = torch.ops.attnlab.blockwise_attention_forward, torch.ops.attnlab.blockwise_attention_backward
+    torch.library.opcheck(forward.default, (q, k, v, *terms, *rest))
+    grad = torch.randn(2, 4, 6, 4)
+    for needed in ([True] * 8, [True] * 3 + [False] * 5):
+        arguments = (grad, q, k, v, *terms, *rest, needed)
+        torch.library.opcheck(backward.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_bad_input() -> None:
     q, k, v = _inputs()
     with pytest.raises(ValueError, match="number of heads that divides"):

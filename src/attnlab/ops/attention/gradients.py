@@ -40,11 +40,10 @@ class Gradients(NamedTuple):
 
 def backward(p: Problem, grad_out: Float[Tensor, "b h n e"], needed: list[bool]) -> Gradients:
     """Gradients of what ``needed`` names, in the order of `Gradients`; those of q, k and v always."""
-    tensors = (p.bias, p.offsets, p.keys, p.factor, p.factor_offsets)
-    rest = [torch.zeros_like(x) if x is not None and need else None for x, need in zip(tensors, needed[3:], strict=True)]
-    grads = Gradients(
-        torch.zeros_like(p.q), *(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (p.k, p.v)), *rest
-    )
+    tensors = (p.q, p.k, p.v, p.bias, p.offsets, p.keys, p.factor, p.factor_offsets)
+    wanted = zip(tensors, (True, True, True, *needed[3:]), strict=True)
+    like = {"memory_format": torch.contiguous_format}
+    grads = Gradients(*(torch.zeros_like(x, **like) if x is not None and need else None for x, need in wanted))  # type: ignore[arg-type]
     scratch, second = Scratch(p.q), Scratch(p.q)
     for block in blocks(p):
         _block(p, block, grad_out, grads, scratch, second)
