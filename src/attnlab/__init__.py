@@ -13,12 +13,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from attnlab.core.catalog import create_mixer, list_mixers, mixer_info
-from attnlab.core.contract import Mixer, StreamingMixer
+from attnlab.core.contract import Mixer
 from attnlab.core.errors import AttnlabError, BackendUnavailableError, UnknownNameError, UnsupportedError
 from attnlab.core.info import Info, MixerInfo, Supports
 from attnlab.core.record import record
 from attnlab.core.registry import Registry
 from attnlab.core.state import State
+from attnlab.core.streaming import StreamingMixer
 from attnlab.core.tokens import Tokens, pack, unpack
 
 if TYPE_CHECKING:

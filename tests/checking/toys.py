@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnlab.core.contract import Mixer, StreamingMixer
+from attnlab.core.contract import Mixer
 from attnlab.core.info import MixerInfo, Supports, read_options
 from attnlab.core.masks import allowed_pairs
 from attnlab.core.state import State
+from attnlab.core.streaming import StreamingMixer
 from attnlab.ops.backends import Op
 
 

@@ -95,6 +95,13 @@ def _arguments(bench: Bench, mixer: Mixer) -> Iterator[Request]:
         wanted = {} if supports.streaming else {"streaming": True}
         yield Request("init_state", lambda: mixer.init_state(batch), wanted)
         yield Request("extend", lambda: mixer.extend(x, State({"none": torch.zeros(batch)})), wanted)
+    if not supports.associative:
+        nothing = State({"none": torch.zeros(batch)})
+        yield Request("summarize", lambda: mixer.summarize(x), {"associative": True})
+        yield Request("combine", lambda: mixer.combine(nothing, nothing), {"associative": True})
+    if not supports.dynamics or not mixer.causal:
+        wanted = {} if supports.dynamics else {"dynamics": True}
+        yield Request("dynamics", lambda wanted=wanted: mixer.dynamics(x), wanted)
     for rank in {1, 2, 3} - supports.grid:
         other = bench.inputs(mixer, (2,) * rank)
         grid = other.grid or (other.x.shape[1] - mixer.num_prefix,)

@@ -44,6 +44,8 @@ PROMISES = {
     "pair_mask": Promise(lambda supports: supports.pair_mask),
     "streaming": Promise(lambda supports: supports.streaming, form=True),
     "state": Promise(lambda supports: supports.state != "none", form=True),
+    "associative": Promise(lambda supports: supports.associative, form=True),
+    "dynamics": Promise(lambda supports: supports.dynamics, form=True),
     "grid": Promise(lambda supports: True),
     "mixing_matrix": Promise(lambda supports: supports.mixing_matrix),
     "permutation_equivariant": Promise(lambda supports: supports.permutation_equivariant, form=False),

@@ -26,6 +26,8 @@ def flags_agree(bench: Bench) -> str:
     require(not have.streaming or have.tokens_option is None, "streaming=True contradicts tokens_option: pieces are shorter")
     named = have.tokens_option is None or have.tokens_option in bench.subject.option_names
     require(named, f"tokens_option: expected an option of the constructor, got {have.tokens_option!r}")
+    require(not have.associative or have.streaming, "associative=True contradicts streaming=False")
+    require(not have.dynamics or have.mixing_matrix, "dynamics=True contradicts mixing_matrix=False: they imply one")
     require(not have.streaming or 1 in have.grid, f"streaming=True contradicts grid={sorted(have.grid)}: pieces are sequences")
     require(
         not have.permutation_equivariant or have.causal != "always", "permutation_equivariant=True contradicts causal='always'"

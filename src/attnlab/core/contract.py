@@ -10,12 +10,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attnlab.core.catalog import alternatives
+from attnlab.core.dynamics import Dynamics
 from attnlab.core.errors import UnsupportedError
 from attnlab.core.grid import Grid, resolve_grid
 from attnlab.core.info import MixerInfo, Supports
 from attnlab.core.masks import Masks, answered_queries, check_mask, check_pair_mask, zero_masked
 from attnlab.core.record import emit, recording
-from attnlab.core.state import State
+from attnlab.core.state import Before, State
 from attnlab.core.tokens import sequence_lengths
 
 
@@ -158,6 +159,32 @@ class Mixer(nn.Module):
         """Process the next n >= 1 tokens; streaming mixers override this."""
         raise self._refusal("streaming", "it defines no state", streaming=True)
 
+    def summarize(
+        self, x: Float[Tensor, "b n c"], before: Before | None = None, *, mask: Bool[Tensor, "b n"] | None = None
+    ) -> State:
+        """What a piece of a sequence does to the state; mixers that promise ``associative`` override this."""
+        raise self._refusal("summarize", "what a piece does depends on the state before it", associative=True)
+
+    def combine(self, earlier: State, later: State) -> State:
+        """Two summaries as one; mixers that promise ``associative`` override this."""
+        raise self._refusal("combine", "what a piece does depends on the state before it", associative=True)
+
+    def dynamics(self, x: Float[Tensor, "b n c"], *, mask: Bool[Tensor, "b n"] | None = None) -> Dynamics:
+        """The mechanism on these tokens as a linear recurrence with matrices that depend on them.
+
+        Args:
+            x: tokens, (batch, n, dim).
+            mask: (batch, n), True marks a real token.
+
+        Raises:
+            UnsupportedError: if ``info.supports.dynamics`` is not promised, or this mixer is not causal.
+        """
+        if not self.supports.dynamics or not self.causal:
+            why = "its outputs depend on later tokens" if self.supports.dynamics else "it is no linear recurrence of fixed size"
+            raise self._refusal("dynamics", why, dynamics=True)
+        self._validate(x, None, mask, None, None, None)
+        return self.recurrence(zero_masked(x, mask), mask)
+
     def mix(
         self,
         x: Float[Tensor, "b n c"],
@@ -177,6 +204,10 @@ class Mixer(nn.Module):
     ) -> Float[Tensor, "b h n m"]:
         """`mixing_matrix` on validated input. Subclasses that promise one implement this."""
         raise NotImplementedError(f"{type(self).__name__} promises a mixing matrix: implement matrix")
+
+    def recurrence(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None) -> Dynamics:
+        """`dynamics` on validated input. Subclasses that promise them implement this."""
+        raise NotImplementedError(f"{type(self).__name__} promises dynamics: implement recurrence")
 
     def mix_packed(self, x: Float[Tensor, "t c"], lengths: Sequence[int]) -> Float[Tensor, "t c"]:
         """`packed` on validated input; by default one sequence after the other."""
@@ -248,81 +279,3 @@ class Mixer(nn.Module):
             raise TypeError(
                 f"{name}: expected dtype {weight.dtype} as the parameters, got {x.dtype}; use .to({x.dtype}) on either"
             )
-
-
-class StreamingMixer(Mixer):
-    """A causal mixer that can also run piece by piece.
-
-    A subclass implements `begin` (the empty state) and `advance` (n >= 1 more tokens); for any split of a sequence, `extend`
-    piece by piece gives what `forward` gives at once.
-    """
-
-    def init_state(self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
-        """The state before the first token.
-
-        Args:
-            batch_size: examples in the batch.
-            device: where its tensors live; by default where the parameters are.
-            dtype: of its tensors; by default the parameters'.
-
-        Raises:
-            UnsupportedError: if this mixer was not built with ``causal=True``.
-        """
-        if not self.supports.streaming:  # an option took the promise back
-            return super().init_state(batch_size)
-        if not self.causal:
-            raise self._refusal(
-                "streaming with causal=False", "earlier outputs would depend on later tokens; build it with causal=True"
-            )
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-        weight = next(self.parameters(), torch.empty(0))
-        return self.begin(batch_size, device or weight.device, dtype or weight.dtype)
-
-    def extend(
-        self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None = None
-    ) -> tuple[Float[Tensor, "b n c"], State]:
-        """Process the next n >= 1 tokens: prefill and decoding step are this one method.
-
-        Args:
-            x: the next tokens, (batch, n, dim).
-            state: what `init_state` or the last call returned; it is not changed.
-            mask: (batch, n), True marks a real token.
-
-        Returns:
-            The outputs (batch, n, dim) and the state after them.
-        """
-        if not self.supports.streaming:
-            return super().extend(x, state, mask=mask)
-        if not self.causal:
-            raise self._refusal(
-                "streaming with causal=False", "earlier outputs would depend on later tokens; build it with causal=True"
-            )
-        if not isinstance(state, State):
-            raise TypeError(f"state: expected attnlab.State as init_state returns it, got {type(state).__name__}")
-        self._validate(x, None, mask, None, None, None)
-        size = next(iter(state.values())).shape[0]
-        if size != x.shape[0]:
-            raise ValueError(f"state: expected batch size {x.shape[0]} as in x, got {size}")
-        y, state = self.advance(zero_masked(x, mask), state, mask=mask)
-        return zero_masked(y, mask), state
-
-    def begin(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
-        """The empty state."""
-        raise NotImplementedError(f"{type(self).__name__} is abstract: implement begin")
-
-    def advance(
-        self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None
-    ) -> tuple[Float[Tensor, "b n c"], State]:
-        """`extend` on validated input, zero at masked tokens."""
-        raise NotImplementedError(f"{type(self).__name__} is abstract: implement advance")
-
-    def mix(
-        self,
-        x: Float[Tensor, "b n c"],
-        context: Float[Tensor, "b m c2"] | None,
-        masks: Masks,
-        grid: Grid,
-    ) -> Float[Tensor, "b n c"]:
-        """The whole sequence at once is one piece from the empty state; mixers with a non-causal form override this."""
-        return self.advance(x, self.begin(x.shape[0], x.device, x.dtype), mask=masks.query)[0]

@@ -26,6 +26,8 @@ class Supports:
         permutation_equivariant: permuting the tokens permutes the output, when not causal.
         batch_coupled: an example's output depends on its neighbours in the batch, by definition.
         state: size of the streaming state: "none", "bounded", or "grows" with the tokens seen.
+        associative: ``summarize`` and ``combine``: what pieces do to the state can be summed up apart and put together.
+        dynamics: ``dynamics``, the mechanism as a linear recurrence (of its causal form).
         discontinuous: by definition the output jumps where a choice flips (top-k, thresholds, look-ups).
         tokens_option: name of the constructor's option that fixes how many tokens there are; None takes any number.
         cost: exponent of n in the time and memory of a forward pass.
@@ -41,6 +43,8 @@ class Supports:
     permutation_equivariant: bool = False
     batch_coupled: bool = False
     state: StateSize = "none"
+    associative: bool = False
+    dynamics: bool = False
     discontinuous: bool = False
     tokens_option: str | None = None
     cost: float | int = 2.0

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -131,3 +131,20 @@ class State(Mapping[str, Tensor]):
         from safetensors.torch import load_file
 
         return cls(load_file(os.fspath(path), device=device))
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a piece of a sequence must know of the tokens before it, apart from what the mixer remembers of them.
+
+    Args:
+        tokens: the last w tokens (b, w, dim), as many as the mixer's ``lookback``; zeros where there are none.
+        mask: which of these are real (b, w).
+        count: how many tokens there are before the piece (b,).
+        real: how many of them are real (b,).
+    """
+
+    tokens: Float[Tensor, "b w c"]
+    mask: Bool[Tensor, "b w"]
+    count: Int[Tensor, "b"]
+    real: Int[Tensor, "b"]

@@ -10,11 +10,12 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attnlab.core.contract import Mixer, StreamingMixer
+from attnlab.core.contract import Mixer
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks, token_positions
 from attnlab.core.state import State
+from attnlab.core.streaming import StreamingMixer
 from attnlab.ops.attention import Normalizer, Pairwise, attention
 from attnlab.positions import create_position
 

@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attnlab.core.catalog import mixers
-from attnlab.core.contract import StreamingMixer
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks, token_positions, zero_masked
 from attnlab.core.state import State
+from attnlab.core.streaming import StreamingMixer
 from attnlab.ops.backends import accumulate_dtype
 from attnlab.ops.chunks import full_precision
 

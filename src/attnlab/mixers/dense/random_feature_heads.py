@@ -8,10 +8,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from attnlab.core.catalog import mixers
-from attnlab.core.contract import StreamingMixer
 from attnlab.core.grid import Grid
 from attnlab.core.masks import Masks
 from attnlab.core.state import State
+from attnlab.core.streaming import StreamingMixer
 from attnlab.mixers.attention import DENSE
 from attnlab.mixers.parts.counts import key_counts
 from attnlab.mixers.parts.ridge import ridge_fit

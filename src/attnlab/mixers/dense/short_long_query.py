@@ -12,11 +12,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from attnlab.core.catalog import mixers
-from attnlab.core.contract import StreamingMixer
 from attnlab.core.grid import Grid
 from attnlab.core.masks import Masks
 from attnlab.core.record import record, recording
 from attnlab.core.state import State
+from attnlab.core.streaming import StreamingMixer
 from attnlab.mixers.dense.long_query import LONG_QUERY, LongQueryAttention
 
 _NAMES = ("short", "long")

@@ -13,12 +13,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from attnlab.core.catalog import create_mixer, mixer_info, mixers
-from attnlab.core.contract import Mixer, StreamingMixer
+from attnlab.core.contract import Mixer
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.core.record import Tape, record, recording
 from attnlab.core.state import State
+from attnlab.core.streaming import StreamingMixer
 from attnlab.mixers.attention import DENSE, AttentionMixer, CachedAttention
 from attnlab.mixers.heads.routers import balance_loss
 from attnlab.mixers.parts.routing import top_k_mask

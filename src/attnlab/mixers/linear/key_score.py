@@ -9,11 +9,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from attnlab.core.catalog import mixers
-from attnlab.core.contract import StreamingMixer
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.core.state import State
+from attnlab.core.streaming import StreamingMixer
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
 from attnlab.ops.attention import attention
 from attnlab.ops.backends import accumulate_dtype

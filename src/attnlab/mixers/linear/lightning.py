@@ -10,18 +10,21 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from attnlab.core.catalog import mixers
-from attnlab.core.contract import StreamingMixer
+from attnlab.core.dynamics import Dynamics
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.core.state import State
+from attnlab.core.streaming import StreamingMixer
 from attnlab.mixers.parts.decay import log_decay
 from attnlab.mixers.parts.lrpe import LRPE
 from attnlab.mixers.parts.norms import simple_rms_norm
 from attnlab.ops.backends import accumulate_dtype
 from attnlab.ops.linear_attention import linear_attention
 
-CAUSAL_STATE = Supports(causal="always", streaming=True, mixing_matrix=True, state="bounded", cost=1.0)
+CAUSAL_STATE = Supports(
+    causal="always", streaming=True, mixing_matrix=True, state="bounded", associative=True, dynamics=True, cost=1.0
+)
 _ACTIVATIONS = {"none": nn.Identity, "silu": nn.SiLU, "elu": nn.ELU, "relu": nn.ReLU}
 
 
@@ -57,6 +60,7 @@ class LightningAttention(StreamingMixer):
     Differs from the paper: which is about the operator; the layer around it is the simplest of its authors' models.
     """
 
+    memory = ("sum",)
     log_decay: Tensor | None
 
     def __init__(
@@ -122,6 +126,25 @@ class LightningAttention(StreamingMixer):
         q, k, v, _ = self._project(x, masks.query, torch.zeros(x.shape[0], device=x.device, dtype=torch.int64))
         identity = torch.eye(x.shape[1], device=x.device, dtype=v.dtype).expand(*v.shape[:2], -1, -1)
         return linear_attention(q, k, identity, log_decay=self.log_decay)[0]
+
+    def digest(self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None) -> State:
+        """The decayed sum over the piece, and what is left of an earlier one: ``carry`` (b, h, 1, 1)."""
+        _, k, v, _ = self._project(x, mask, state["position"])
+        decays = x.new_zeros(self.num_heads) if self.log_decay is None else self.log_decay.to(x.dtype)
+        left = torch.arange(x.shape[1] - 1, -1, -1, device=x.device)  # tokens that come after this one
+        carry = (decays * x.shape[1]).exp()[:, None, None].expand(x.shape[0], -1, 1, 1)
+        return State({"sum": (k * (decays[:, None] * left).exp().unsqueeze(-1)).mT @ v, "carry": carry})
+
+    def fold(self, earlier: State, later: State) -> dict[str, Tensor]:
+        """What the later piece leaves of the earlier sum, and its own."""
+        carried = {"carry": earlier["carry"] * later["carry"]} if "carry" in earlier else {}
+        return {"sum": earlier["sum"] * later["carry"] + later["sum"], **carried}
+
+    def recurrence(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None) -> Dynamics:
+        """Every entry of the state decays alike, padding too."""
+        q, k, _, _ = self._project(x, mask, torch.zeros(x.shape[0], device=x.device, dtype=torch.int64))
+        decays = x.new_zeros(self.num_heads) if self.log_decay is None else self.log_decay.to(x.dtype)
+        return Dynamics(decays.exp()[:, None, None].expand_as(k), k, q)
 
     def _project(
         self, x: Tensor, mask: Tensor | None, start: Tensor

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from attnlab.core.contract import StreamingMixer
+from attnlab.core.dynamics import Dynamics
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks, token_positions
-from attnlab.core.state import State
+from attnlab.core.state import Before, State
+from attnlab.core.streaming import StreamingMixer
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
 from attnlab.ops.linear_attention import linear_attention
 from attnlab.positions.base import Position
@@ -25,6 +26,8 @@ LINEAR = Supports(
     mixing_matrix=True,
     permutation_equivariant=True,
     state="bounded",
+    associative=True,
+    dynamics=True,
     cost=1.0,
 )
 
@@ -53,6 +56,8 @@ class QuotientAttention(AttentionMixer, StreamingMixer):
             raise ValueError(
                 f"position: expected one in queries and keys, there are no logits to change, got {self.position_name!r}"
             )
+
+    memory = ("sum",)
 
     @property
     def feature_width(self) -> int:
@@ -86,21 +91,50 @@ class QuotientAttention(AttentionMixer, StreamingMixer):
         self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None
     ) -> tuple[Float[Tensor, "b n c"], State]:
         """Add the new tokens to the sums and read."""
-        place, index = {}, None
+        place = {}
         if "position" in state:
             counted = mask if self.position.skips_padding else None
-            index = token_positions(*x.shape[:2], counted, start=state["position"], device=x.device)
             place["position"] = state["position"] + (x.shape[1] if counted is None else counted.sum(dim=1))
-        heads, total = self._quotient(*self.project(x, index=index), mask, state["sum"])
+        heads, total = self._quotient(*self.project(x, index=self._index(x, state, mask)), mask, state["sum"])
         return self.join(heads, x, mask), State({"sum": total, **place})
+
+    def place_of(self, before: Before) -> Int[Tensor, "b"]:
+        """Real tokens alone where the position counts these."""
+        return before.real if self.position.skips_padding else before.count
+
+    def digest(self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None) -> State:
+        """The sum over the piece."""
+        _, k, v = self.project(x, index=self._index(x, state, mask))
+        k, v = self._weighted(self.features(k), v, mask)
+        return State({"sum": k.mT @ v})
+
+    def fold(self, earlier: State, later: State) -> dict[str, Tensor]:
+        """Sums add."""
+        return {"sum": earlier["sum"] + later["sum"]}
+
+    def recurrence(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None) -> Dynamics:
+        """Nothing decays; keys' features enter, and queries' features over the denominator read."""
+        q, k, v = self.project(x, index=self.place(x, mask))
+        q, (k, v) = self.features(q), self._weighted(self.features(k), v, mask)
+        weight = (q * k.cumsum(2)).sum(-1, keepdim=True)
+        return Dynamics(torch.ones_like(k), k, self.divide(torch.cat((q, weight), dim=-1)))
+
+    def _index(self, x: Tensor, state: State, mask: Tensor | None) -> Tensor | None:
+        if "position" not in state:
+            return None
+        counted = mask if self.position.skips_padding else None
+        return token_positions(*x.shape[:2], counted, start=state["position"], device=x.device)
+
+    @staticmethod
+    def _weighted(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Features of real keys alone, and values with a column of ones for the denominator."""
+        k = k if mask is None else k.masked_fill(~mask[:, None, :, None], 0.0)
+        return k, torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
 
     def _quotient(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, initial: Tensor | None
     ) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h w e1"]]:
-        q, k = self.features(q), self.features(k)
-        if key_mask is not None:
-            k = k.masked_fill(~key_mask[:, None, :, None], 0.0)
-        v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
+        q, (k, v) = self.features(q), self._weighted(self.features(k), v, key_mask)
         sums, total = linear_attention(q, k, v, initial_state=initial, causal=self.causal)
         return self.divide(sums), total
 

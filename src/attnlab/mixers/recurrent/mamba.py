@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from attnlab.core.catalog import mixers
-from attnlab.core.contract import StreamingMixer
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.core.state import State
+from attnlab.core.streaming import StreamingMixer
 from attnlab.mixers.parts.short_convolution import ShortConvolution
 from attnlab.ops.backends import accumulate_dtype
 from attnlab.ops.selective_scan import selective_scan
