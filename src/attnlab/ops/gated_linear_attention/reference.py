@@ -1,0 +1,30 @@
+"""Gated linear attention as its definition reads: one token after the other."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnlab.ops.backends import accumulate_dtype
+
+
+def gated_linear_attention(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b h n d"],
+    v: Float[Tensor, "b h n e"],
+    log_decay: Float[Tensor, "b h n w"],
+    *,
+    scale: float,
+    initial_state: Float[Tensor, "b h d e"] | None,
+) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h d e"]]:
+    """What `attnlab.ops.gated_linear_attention` documents, differentiated by autograd through every step."""
+    dtype, wide = v.dtype, accumulate_dtype(v.dtype)
+    state = initial_state
+    if state is None:
+        state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=wide)
+    outputs = []
+    for q_i, k_i, v_i, decay in zip(*(x.to(wide).unbind(2) for x in (q, k, v, log_decay)), strict=True):
+        state = decay.exp().unsqueeze(-1) * state + torch.einsum("bhd,bhe->bhde", k_i, v_i)
+        outputs.append(scale * torch.einsum("bhd,bhde->bhe", q_i, state))
+    return torch.stack(outputs, 2).to(dtype), state
