@@ -42,8 +42,9 @@ def _module(recording: Recording, config: dict) -> dict[str, Tensor]:
         conv_bias="conv1d.bias" in weights,
         bias="in_proj.bias" in weights,
     ).to(recording.dtype)
-    same = {name: name for name in ("in_proj", "x_proj", "dt_proj", "out_proj", "A_log", "D")}
-    fill(mixer, renamed(weights, same | {"conv1d": "conv"}))
+    names = {"in_proj": "in_proj", "conv1d": "conv", "out_proj": "out_proj"}
+    names |= {name: f"ssm.{name}" for name in ("x_proj", "dt_proj", "A_log", "D")}
+    fill(mixer, renamed(weights, names))
     x = recording.leaf("in/x")
     y = mixer(x)
     (y * recording["in/w"]).sum().backward()
