@@ -21,17 +21,20 @@ SHAPES = [
 ]
 
 
-def draw(b, h, n, d, e, *, state=True, dtype=torch.float64):
+def draw(b, h, n, d, e, *, state=True, gate=False, dtype=torch.float64):
     """Inputs as projections give them: views of (b, n, h, width), keys of length 1, write strengths in (0, 1)."""
     q, k, v = (torch.randn(b, n, h, width, dtype=dtype).transpose(1, 2) for width in (d, d, e))
     beta = torch.rand(b, n, h, dtype=dtype).transpose(1, 2)
     initial_state = torch.randn(b, h, d, e, dtype=dtype) if state else None
-    return {"q": q, "k": normalize(k, dim=-1), "v": v, "beta": beta, "initial_state": initial_state}
+    log_decay = torch.nn.functional.logsigmoid(2 * torch.randn(b, n, h, dtype=dtype)).transpose(1, 2) if gate else None
+    inputs = {"q": q, "k": normalize(k, dim=-1), "v": v, "beta": beta, "initial_state": initial_state}
+    return inputs | ({"log_decay": log_decay} if gate else {})
 
 
+@pytest.mark.parametrize("gate", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_chunks_equal_recurrence_in_values_and_gradients(shape):
-    inputs = draw(*shape, state=shape[2] != 33)
+def test_chunks_equal_recurrence_in_values_and_gradients(shape, gate):
+    inputs = draw(*shape, state=shape[2] != 33, gate=gate)
     got = outputs_and_gradients(delta_rule, inputs, "eager", scale=0.7)
     expected = outputs_and_gradients(delta_rule, inputs, "reference", scale=0.7)
     assert [relative_error(x, y) < 1e-9 for x, y in zip(got[:2], expected[:2], strict=True)] == [True] * 2
@@ -58,6 +61,14 @@ def test_a_step_without_strength_leaves_the_state():
     assert relative_error(delta_rule(**inputs)[1], delta_rule(**head)[1]) < 1e-12
 
 
+def test_a_gate_of_minus_infinity_begins_a_new_sequence():
+    inputs = draw(1, 2, 50, 4, 4, gate=True)
+    inputs["log_decay"] = inputs["log_decay"].clone()
+    inputs["log_decay"][:, :, 20] = -torch.inf
+    tail = {name: x[:, :, 20:] for name, x in inputs.items() if name != "initial_state"}
+    assert relative_error(delta_rule(**inputs)[1], delta_rule(**tail)[1]) < 1e-12
+
+
 @pytest.mark.parametrize("splits", [[1, 1, 1, 137], [64, 76], [100, 1, 39]], ids=str)
 def test_pieces_with_the_state_handed_on_equal_one_pass(splits):
     inputs = draw(2, 2, 140, 4, 5)
@@ -70,9 +81,9 @@ def test_pieces_with_the_state_handed_on_equal_one_pass(splits):
     assert relative_error(state, last) < 1e-12
 
 
-@pytest.mark.parametrize("keys", ["random", "repeated"])
+@pytest.mark.parametrize("keys", ["random", "repeated", "gated"])
 def test_float32_error_is_that_of_the_formula(keys):
-    inputs = draw(1, 4, 700, 16, 16)
+    inputs = draw(1, 4, 700, 16, 16, gate=keys == "gated")
     if keys == "repeated":  # the worst triangular systems: the same key again and again, each time written in full
         inputs["k"] = inputs["k"][:, :, :1].expand_as(inputs["k"])
         inputs["beta"] = torch.ones_like(inputs["beta"])

@@ -15,6 +15,7 @@ def delta_rule(
     v: Float[Tensor, "b h n e"],
     beta: Float[Tensor, "b h n"],
     *,
+    log_decay: Float[Tensor, "b h n"] | None,
     scale: float,
     initial_state: Float[Tensor, "b h d e"] | None,
 ) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h d e"]]:
@@ -24,7 +25,9 @@ def delta_rule(
     if state is None:
         state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=wide)
     outputs = []
-    for q_i, k_i, v_i, beta_i in zip(*(x.to(wide).unbind(2) for x in (q, k, v, beta)), strict=True):
+    decays = torch.ones_like(beta) if log_decay is None else log_decay.exp()
+    for q_i, k_i, v_i, beta_i, decay in zip(*(x.to(wide).unbind(2) for x in (q, k, v, beta, decays)), strict=True):
+        state = decay[..., None, None] * state
         error = v_i - torch.einsum("bhd,bhde->bhe", k_i, state)
         state = state + torch.einsum("bhd,bhe->bhde", k_i, beta_i[..., None] * error)
         outputs.append(scale * torch.einsum("bhd,bhde->bhe", q_i, state))

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnlab.ops.chunks import Segment, blocks, full_precision, head_groups, land, landing, room_for_starts, segments
-from attnlab.ops.gated_linear_attention.gates import Gates, chunk_size, floor_of, gates
+from attnlab.ops.gates import Gates, bounded, chunk_size, gates
 
 SPAN = 256  # tokens of a segment: a power of 2, whatever the chunks are
 GROUP = 8  # heads in a tile: the states of all of them advance in one product
@@ -55,17 +55,12 @@ def groups(q: Rows) -> list[slice]:
     return head_groups(q.shape[0], q.shape[0] if q.is_cuda else GROUP)
 
 
-def bounded(inputs: Inputs) -> Inputs:
-    """The inputs with no logarithm below what is 0 as a decay, for sums of -inf would have no differences."""
-    return inputs._replace(log_decay=inputs.log_decay.clamp_min(floor_of(inputs.log_decay.dtype)))
-
-
 @full_precision
 def forward(
     inputs: Inputs, state: States, scale: float
 ) -> tuple[Float[Tensor, "bh n e"], States, Float[Tensor, "bh starts d e"]]:
     """Output, state after the last token, and the states before all segments but the first, which `backward` starts from."""
-    inputs = bounded(inputs)
+    inputs = inputs._replace(log_decay=bounded(inputs.log_decay))
     cut = plan(inputs)
     o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format)
     last = torch.empty_like(state, memory_format=torch.contiguous_format)
@@ -97,7 +92,7 @@ def backward(
     scale: float,
 ) -> tuple[Inputs, States]:
     """Gradients of the inputs and of the initial state."""
-    inputs = bounded(inputs)
+    inputs = inputs._replace(log_decay=bounded(inputs.log_decay))
     cut = plan(inputs)
     grads = Inputs(*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs))
     grad_state = torch.empty_like(grad_last, memory_format=torch.contiguous_format)
