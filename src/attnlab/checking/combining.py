@@ -30,7 +30,8 @@ def before(mixer: StreamingMixer, x: Tensor, mask: Tensor | None, start: int) ->
 def _require_memory(said: str, mixer: StreamingMixer, got: State, expected: State) -> None:
     for name in mixer.memory:
         require(name in got, f"{said}: memory {name!r} is missing from what combine gives, {sorted(got)}")
-        require_close(f"{said}, memory {name!r}", got[name], expected[name], FORWARD)
+        found, wanted = (t.int() if t.dtype == torch.bool else t for t in (got[name], expected[name]))
+        require_close(f"{said}, memory {name!r}", found, wanted, FORWARD)
 
 
 def _pieces(bench: Bench, trial: Trial) -> tuple[list[int], list[slice]]:

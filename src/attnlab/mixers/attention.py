@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypedDict
 
 import torch
@@ -14,7 +15,7 @@ from attnlab.core.contract import Mixer
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks, token_positions
-from attnlab.core.state import State
+from attnlab.core.state import Before, State
 from attnlab.core.streaming import StreamingMixer
 from attnlab.ops.attention import Normalizer, Pairwise, attention
 from attnlab.positions import create_position
@@ -31,6 +32,10 @@ DENSE = Supports(
     state="grows",
     cost=2.0,
 )
+
+
+# What a `CachedAttention` promises beside: the keys of two pieces are those of the one and those of the other.
+CACHED = replace(DENSE, associative=True)
 
 
 class AttentionOptions(TypedDict, total=False):
@@ -257,7 +262,10 @@ class CachedAttention(AttentionMixer, StreamingMixer):
     """An `AttentionMixer` that streams by keeping keys and values: all of them, or those that `trim` leaves.
 
     State: ``k``, ``v`` (b, hk, m, d), ``position`` (b,), and ``real`` (b, m), which is (b, 0) as long as no mask was given.
+    What a piece leaves is its own keys and values; two pieces' stand one behind the other, in the order of the text.
     """
+
+    memory = ("k", "v", "real")
 
     def begin(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         """No keys yet."""
@@ -281,8 +289,7 @@ class CachedAttention(AttentionMixer, StreamingMixer):
         """Attend over the kept keys and the new ones."""
         n, kept = x.shape[1], state["k"].shape[2]
         counted = mask if self.position.skips_padding else None
-        index = token_positions(x.shape[0], n, counted, start=state["position"], device=x.device)
-        q, k, v = self.project(x, index=index)
+        q, k, v = self.project(x, index=self._index(x, state, mask))
         after = state.grow(2, k=k, v=v)
         real = state["real"]
         if mask is not None or real.shape[1]:
@@ -291,3 +298,28 @@ class CachedAttention(AttentionMixer, StreamingMixer):
         heads = self.attend(q, after["k"], after["v"], Masks(mask, real if real.shape[1] else None), None)
         after = self.trim(after.replace(real=real, position=state["position"] + (n if counted is None else counted.sum(dim=1))))
         return self.join(heads, x, mask), after
+
+    def place_of(self, before: Before) -> Int[Tensor, "b"]:
+        """Real tokens alone where the position counts these."""
+        return before.real if self.position.skips_padding else before.count
+
+    def digest(self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None) -> State:
+        """Keys and values of the piece, those that `trim` leaves."""
+        _, k, v = self.project(x, index=self._index(x, state, mask))
+        real = k.new_ones(x.shape[0], 0, dtype=torch.bool) if mask is None else mask
+        return self.trim(State({"k": k, "v": v, "real": real}))
+
+    def fold(self, earlier: State, later: State) -> dict[str, Tensor]:
+        """Keys and values of both, those that `trim` leaves."""
+        joined = {name: torch.cat((earlier[name], later[name]), dim=2) for name in ("k", "v")}
+        masked = [part["real"].shape[1] > 0 for part in (earlier, later)]
+        real = [
+            part["real"] if known or not any(masked) else part["real"].new_ones(part["k"].shape[0], part["k"].shape[2])
+            for part, known in zip((earlier, later), masked, strict=True)
+        ]
+        return dict(self.trim(State({**joined, "real": torch.cat(real, dim=1)})))
+
+    def _index(self, x: Tensor, state: State, mask: Tensor | None) -> Int[Tensor, "#b n"]:
+        """Positions of the tokens that come after ``state``."""
+        counted = mask if self.position.skips_padding else None
+        return token_positions(*x.shape[:2], counted, start=state["position"], device=x.device)

@@ -9,10 +9,10 @@ from typing_extensions import Unpack
 from attnlab.core.catalog import mixers
 from attnlab.core.grid import Grid
 from attnlab.core.masks import Masks
-from attnlab.mixers.attention import DENSE, AttentionOptions, CachedAttention
+from attnlab.mixers.attention import CACHED, AttentionOptions, CachedAttention
 
 
-@mixers.register("softmax", family="dense", supports=DENSE)
+@mixers.register("softmax", family="dense", supports=CACHED)
 class SoftmaxAttention(CachedAttention):
     r"""Scaled dot-product attention (Vaswani et al. 2017, section 3.2), with grouped keys and values (Ainslie et al. 2023).
 

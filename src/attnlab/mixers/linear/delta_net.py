@@ -41,7 +41,7 @@ _NORMS: dict[str, Callable[[Tensor], Tensor]] = {"l2": l2_normalize, "sum": sum_
     "delta_net",
     family="linear",
     paper="deltanet",
-    supports=Supports(causal="always", streaming=True, mixing_matrix=True, state="bounded", cost=1.0),
+    supports=Supports(causal="always", streaming=True, mixing_matrix=True, state="bounded", associative=True, cost=1.0),
 )
 class DeltaNet(StreamingMixer):
     r"""The delta rule over the sequence (Yang et al. 2024, equations 1 to 10).
@@ -77,6 +77,8 @@ class DeltaNet(StreamingMixer):
     Differs from the paper: a masked token has beta 0 and enters the convolutions as zero, so that padding writes nothing.
     """
 
+    memory = ("memory",)
+
     def __init__(
         self,
         dim: int,
@@ -96,6 +98,7 @@ class DeltaNet(StreamingMixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, num_heads, causal=causal)
+        self.lookback = max(conv_size - 1, 0)
         for name, value, known in (
             ("qk_activation", qk_activation, list(_ACTIVATIONS)),
             ("qk_norm", qk_norm, list(_NORMS)),
@@ -152,6 +155,21 @@ class DeltaNet(StreamingMixer):
         q, k, v, beta, _ = self._project(x, self.begin(x.shape[0], x.device, x.dtype), masks.query)
         identity = torch.eye(x.shape[1], device=x.device, dtype=v.dtype).expand(*v.shape[:2], -1, -1)
         return delta_rule(q, k, identity, beta)[0]
+
+    def digest(self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None) -> State:
+        r"""A piece maps $S \mapsto P S + R$: R is the memory from zero, P (b, h, K, K) the identity's without values."""
+        _, k, v, beta, _ = self._project(x, state, mask)
+        nothing = v.new_zeros(*v.shape[:2], self.key_dim, self.value_dim)
+        identity = torch.eye(self.key_dim, device=v.device, dtype=v.dtype).expand(*v.shape[:2], -1, -1)
+        both = torch.cat((v, torch.zeros_like(k)), dim=-1)
+        _, after = delta_rule(k, k, both, beta, initial_state=torch.cat((nothing, identity), dim=-1))
+        memory, carry = after.split([self.value_dim, self.key_dim], dim=-1)
+        return State({"memory": memory, "carry": carry})
+
+    def fold(self, earlier: State, later: State) -> dict[str, Tensor]:
+        """The later piece's map of the earlier memory; maps are composed."""
+        carried = {"carry": later["carry"] @ earlier["carry"]} if "carry" in earlier else {}
+        return {"memory": later["carry"] @ earlier["memory"] + later["memory"], **carried}
 
     def _named_convs(self) -> list[tuple[str, ShortConvolution]]:
         return [(name, conv) for name, conv in self.convs.items() if isinstance(conv, ShortConvolution)]

@@ -19,7 +19,15 @@ from attnlab.ops.sliding_window import sliding_window_attention
 @mixers.register(
     "sliding_window",
     family="local",
-    supports=Supports(causal="optional", streaming=True, grid=frozenset({1}), mixing_matrix=True, state="bounded", cost=1.0),
+    supports=Supports(
+        causal="optional",
+        streaming=True,
+        grid=frozenset({1}),
+        mixing_matrix=True,
+        state="bounded",
+        associative=True,
+        cost=1.0,
+    ),
     example={"window": 4, "num_sinks": 2},
 )
 class SlidingWindowAttention(CachedAttention):

@@ -134,6 +134,21 @@ class SelectiveSSM(nn.Module):
         y, after = selective_scan(x, delta, self.rates, B, C, D=self.D, initial_state=before)
         return y, torch.view_as_real(after) if self.complex_states else after
 
+    def digest(
+        self, x: Float[Tensor, "b n e"], mask: Bool[Tensor, "b n"] | None
+    ) -> tuple[Float[Tensor, "b e ..."], Float[Tensor, "b e ..."]]:
+        r"""The states after a piece from zero, and the factor $e^{A \sum_t \Delta_t}$ on earlier ones, as states."""
+        delta, B, C = self.coefficients(x, mask)
+        after = selective_scan(x, delta, self.rates, B, C)[1]
+        factor = (delta.to(accumulate_dtype(delta.dtype)).sum(1).unsqueeze(-1) * self.rates).exp()
+        return (torch.view_as_real(after), torch.view_as_real(factor)) if self.complex_states else (after, factor)
+
+    def scaled(self, state: Float[Tensor, "b e ..."], factor: Float[Tensor, "b e ..."]) -> Float[Tensor, "b e ..."]:
+        """States times a factor that `digest` gave."""
+        if not self.complex_states:
+            return state * factor
+        return torch.view_as_real(torch.view_as_complex(state) * torch.view_as_complex(factor))
+
     def matrix(self, x: Float[Tensor, "b n e"], mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b e n n"]:
         """What the scan makes of a unit impulse at each token, channel by channel, D on the diagonal."""
         b, n, channels = x.shape

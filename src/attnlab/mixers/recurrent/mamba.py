@@ -26,7 +26,9 @@ from attnlab.mixers.parts.short_convolution import ShortConvolution
     "mamba",
     family="recurrent",
     paper="mamba",
-    supports=Supports(causal="always", streaming=True, mixing_matrix=True, state="bounded", dynamics=True, cost=1.0),
+    supports=Supports(
+        causal="always", streaming=True, mixing_matrix=True, state="bounded", associative=True, dynamics=True, cost=1.0
+    ),
     example={"state_dim": 4},
 )
 class Mamba(StreamingMixer):
@@ -74,6 +76,8 @@ class Mamba(StreamingMixer):
     deep model, by 1 / sqrt(layers), is the model's.
     """
 
+    memory = ("ssm",)
+
     def __init__(
         self,
         dim: int,
@@ -104,6 +108,7 @@ class Mamba(StreamingMixer):
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = expand * dim
+        self.lookback = conv_size - 1
         self.in_proj = nn.Linear(dim, 2 * inner, bias=bias, **place)
         self.conv = ShortConvolution(inner, conv_size, bias=conv_bias, **place)
         if self.conv.bias is not None:
@@ -150,6 +155,16 @@ class Mamba(StreamingMixer):
     ) -> Float[Tensor, "b h n m"]:
         """Of the scan, channel by channel (b, E, n, n)."""
         return self.ssm.matrix(self._project(x, None, masks.query)[0], masks.query)
+
+    def digest(self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None) -> State:
+        """The states from zero, and the decay of earlier ones over the piece: ``carry``, shaped like ``ssm``."""
+        ssm, carry = self.ssm.digest(self._project(x, state["window"], mask)[0], mask)
+        return State({"ssm": ssm, "carry": carry})
+
+    def fold(self, earlier: State, later: State) -> dict[str, Tensor]:
+        """What the later piece leaves of the earlier states, and its own; decays multiply."""
+        carried = {"carry": self.ssm.scaled(earlier["carry"], later["carry"])} if "carry" in earlier else {}
+        return {"ssm": self.ssm.scaled(earlier["ssm"], later["carry"]) + later["ssm"], **carried}
 
     def recurrence(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None) -> Dynamics:
         """Of the scan; memory O(n E N)."""
