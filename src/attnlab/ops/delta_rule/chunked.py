@@ -15,9 +15,10 @@ and with $G = [\mathrm{tril}(dO\,E^\top); -\mathrm{stril}(dX\,E^\top)]$, the sem
 
 $$[dQ; dK] = [dO; -dX]\, S^\top + G \bar K, \quad d\bar K = G^\top [Q; K] + E R'^\top .$$
 
-A gate multiplies the state by $e^{g_t}$ before step t. With $b$ its sums within the chunk, what token r reads of token c (in $T$,
-$A$ and $G$) is weighed by $e^{b_r - b_c}$ and what it reads of $S$ by $e^{b_r}$; $S'$ has $e^{b_C - b_c}$ of token c and $e^{b_C}$ of
-$S$. Of $b_r$ the gradient is $q_r \cdot dq_r + k_r \cdot dk_r - \bar k_r \cdot d\bar k_r$, of $b_C$ $\langle R', S' \rangle$ besides.
+A gate multiplies the state by $e^{g_t}$ before step t. With $b$ its sums within the chunk, what token r reads of token c (in
+$T$, $A$ and $G$) is weighed by $e^{b_r - b_c}$ and what it reads of $S$ by $e^{b_r}$; $S'$ has $e^{b_C - b_c}$ of token c and
+$e^{b_C}$ of $S$. The gradient of $b_r$ is $q_r \cdot dq_r + k_r \cdot dk_r - \bar k_r \cdot d\bar k_r$, and $b_C$ has
+$\langle R', S' \rangle$ besides.
 """
 
 from __future__ import annotations
@@ -53,17 +54,20 @@ class Inputs(NamedTuple):
     def tile(self, heads: slice, segment: Segment) -> Inputs:
         """The chunks of a tile."""
         gate = None if self.gate is None else blocks(self.gate, heads, segment)
-        return Inputs(*(blocks(x, heads, segment) for x in self[:4]), gate)
+        q, k, v, beta = (blocks(x, heads, segment) for x in self[:4])
+        return Inputs(q, k, v, beta, gate)
 
     def landing(self, heads: slice, segment: Segment) -> Inputs:
         """Where to compute a tile of these."""
         gate = None if self.gate is None else landing(self.gate, heads, segment)
-        return Inputs(*(landing(x, heads, segment) for x in self[:4]), gate)
+        q, k, v, beta = (landing(x, heads, segment) for x in self[:4])
+        return Inputs(q, k, v, beta, gate)
 
     def like(self) -> Inputs:
         """New memory for the gradients of these."""
         gate = None if self.gate is None else torch.empty_like(self.gate, memory_format=torch.contiguous_format)
-        return Inputs(*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in self[:4]), gate)
+        q, k, v, beta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in self[:4])
+        return Inputs(q, k, v, beta, gate)
 
     def land(self, tile: Inputs, heads: slice, segment: Segment) -> None:
         """Bring a computed tile to its place."""
