@@ -18,7 +18,7 @@ ALLOWED = {
     "mixers/heads/mixture.py": "a gate over experts",
     "mixers/heads/routers.py": "a gate over heads",
     "mixers/heads/union_of_experts.py": "a gate over heads",
-    "mixers/linear/key_score.py": "a score a key and no query: running sums, not pairs",
+    "mixers/parts/features.py": "features of one token, over its channels",
     "mixers/parts/routed_lora.py": "a gate over experts",
     "mixers/pooled/token_pooling.py": "a gate over scales of pooling",
     "mixers/sparse/subsampled.py": "class probabilities of an ensemble",
