@@ -1,0 +1,1 @@
+"""Memories that are written while they are read, and attention around them."""
