@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -68,12 +69,18 @@ class Op:
         found = self.implementations[self.explain(backend, sample).backend]
         if isinstance(found, str):
             module, _, attribute = found.partition(":")
-            found = getattr(importlib.import_module(module), attribute)
+            found = getattr(sys.modules[_imported(module)], attribute)
         return found  # type: ignore[return-value]
 
     def _refusal(self, backend: str, sample: Tensor) -> str | None:
         limit = self.limits.get(backend)
         return limit(sample) if limit is not None else None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile traces no import
+def _imported(module: str) -> str:
+    """Import ``module`` unless that is done, and return its name."""
+    return importlib.import_module(module).__name__
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

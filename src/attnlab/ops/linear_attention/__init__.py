@@ -13,14 +13,24 @@ chunks. Unlike the paper's kernel it takes and returns states, and differentiate
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from attnlab.ops.backends import Op, accumulate_dtype
 from attnlab.ops.chunks import common_dtype
 from attnlab.ops.linear_attention import eager, reference
+from attnlab.ops.triton_launch import WIDEST, limits
 
-LINEAR_ATTENTION = Op("linear_attention", {"reference": reference.linear_attention, "eager": eager.linear_attention})
+LINEAR_ATTENTION = Op(
+    "linear_attention",
+    {
+        "reference": reference.linear_attention,
+        "eager": eager.linear_attention,
+        "triton": "attnlab.ops.linear_attention.triton:linear_attention",
+    },
+    limits={"triton": limits((torch.float32, torch.bfloat16), WIDEST)},
+)
 
 __all__ = ["LINEAR_ATTENTION", "linear_attention"]
 
@@ -47,7 +57,8 @@ def linear_attention(
         scale: factor s of the output.
         initial_state: S_0 (b, h, d, e); None: zeros.
         causal: whether token i reads tokens 0..i or all.
-        backend: "auto", "reference" (token by token) or "eager" (chunks of 64; gradients once differentiable).
+        backend: "auto", "reference" (token by token), "eager" (chunks of 64; gradients once differentiable) or "triton" (on a
+            GPU, float32 and bfloat16, heads of width 256 at most; likewise).
 
     Returns:
         The output (b, h, n, e) in the dtype of the inputs, and the last state (b, h, d, e), in float32 for half precisions.
