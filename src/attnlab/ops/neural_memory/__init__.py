@@ -15,6 +15,8 @@ Behrouz et al. 2025 (arXiv 2501.00663, equations 8 to 18).
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -80,7 +82,9 @@ def neural_memory(
     if chunk < 1:
         raise ValueError(f"chunk: expected at least 1, got {chunk}")
     if activation not in ACTIVATIONS:
-        raise UnknownNameError(f"activation: expected one of {list(ACTIVATIONS)}, got {activation!r}{nearest(activation, ACTIVATIONS)}")
+        raise UnknownNameError(
+            f"activation: expected one of {list(ACTIVATIONS)}, got {activation!r}{nearest(activation, ACTIVATIONS)}"
+        )
     _check_layers(state, q, v)
     wide = accumulate_dtype(q.dtype)
     memory, momentum, anchor = (tuple(w.to(wide) for w in group) for group in state[:3])
@@ -96,7 +100,7 @@ def neural_memory(
 def _check_layers(state: MemoryState, q: Tensor, v: Tensor) -> None:
     """Raise for weights that are no network from the queries' width to the values'."""
     widths = [q.shape[3], *(w.shape[-1] for w in state.memory[:-1]), v.shape[3]]
-    expected = [(*q.shape[:2], *pair) for pair in zip(widths[:-1], widths[1:], strict=True)]
+    expected = [(*q.shape[:2], *pair) for pair in pairwise(widths)]
     for name, group in zip(("memory", "momentum", "anchor"), state[:3], strict=True):
         if [tuple(w.shape) for w in group] != expected:
             raise ValueError(f"state: expected weights {expected} as {name}, got {[tuple(w.shape) for w in group]}")

@@ -23,13 +23,21 @@ from torch import Tensor
 from attnlab.ops.backends import accumulate_dtype
 from attnlab.ops.chunks import Segment, full_precision, segments
 from attnlab.ops.neural_memory.alignment import Alignment
-from attnlab.ops.neural_memory.memory import ACTIVATIONS, Activation, MemoryState
+from attnlab.ops.neural_memory.memory import ACTIVATIONS, Activation, MemoryState, Weights
 
 TILE = 1024
 """Tokens whose scans are computed together, at most."""
 
-Weights = tuple[Float[Tensor, "r _ _"], ...]
 Renewals = list[bool | Bool[Tensor, "r 1 1"]]
+
+
+class _Inputs(NamedTuple):
+    """What a token brings: query, key, value; and alpha, eta, theta and 1, or four zeros where there is no token."""
+
+    q: Float[Tensor, "b h n d"]
+    k: Float[Tensor, "b h n d"]
+    v: Float[Tensor, "b h n e"]
+    gates: Float[Tensor, "b h n 4"]
 
 
 class _Scans(NamedTuple):
@@ -58,25 +66,24 @@ def neural_memory(
 ) -> tuple[Float[Tensor, "b h n e"], MemoryState]:
     """What `attnlab.ops.neural_memory` documents; time and memory linear in n, in both directions."""
     dtype, (_, h, n, _), place = v.dtype, q.shape, state.place
-    # A token whose gates are all zero does nothing; the last of them says that it is there.
     gates = torch.stack((alpha, eta, theta, torch.ones_like(alpha)), -1)
     if mask is not None:
         gates = gates * mask[:, None, :, None].to(gates.dtype)
-    inputs = [x.to(accumulate_dtype(dtype)) for x in (q, k, v, gates)]
+    inputs = _Inputs(*(x.to(accumulate_dtype(dtype)) for x in (q, k, v, gates)))
     aligned = None
     after = place if chunk == 1 else (place + (n if mask is None else mask.sum(1))) % chunk
     if chunk == 1 or (isinstance(place, int) and mask is None):
         plan, renew = _plan(n, chunk, place if isinstance(place, int) else 0)
     else:
-        start = torch.full_like(after, place) if isinstance(place, int) else place
+        start = q.new_full(q.shape[:1], place, dtype=torch.int64) if isinstance(place, int) else place
         aligned = Alignment.of(start, mask, n, chunk)
         plan, renew = _aligned_plan(aligned, n, chunk, h)
         if n > 1:
-            inputs = [aligned.spread(x) for x in inputs]
-    y, weights = _run(*inputs, state, plan, renew, ACTIVATIONS[activation])
+            inputs = _Inputs(*(aligned.spread(x) for x in inputs))
+    y, memory, momentum, anchor = _run(inputs, state, plan, renew, ACTIVATIONS[activation])
     if aligned is not None and n > 1:
         y = aligned.collect(y)
-    return y.to(dtype), MemoryState(*weights, after)
+    return y.to(dtype), MemoryState(memory, momentum, anchor, after)
 
 
 def _plan(n: int, chunk: int, place: int) -> tuple[list[Segment], Renewals]:
@@ -99,19 +106,12 @@ def _aligned_plan(aligned: Alignment, n: int, chunk: int, heads: int) -> tuple[l
 
 
 def _run(
-    q: Float[Tensor, "b h n d"],
-    k: Float[Tensor, "b h n d"],
-    v: Float[Tensor, "b h n e"],
-    gates: Float[Tensor, "b h n 4"],
-    state: MemoryState,
-    plan: list[Segment],
-    renew: Renewals,
-    function: Activation,
-) -> tuple[Float[Tensor, "b h n e"], tuple[tuple[Tensor, ...], ...]]:
+    inputs: _Inputs, state: MemoryState, plan: list[Segment], renew: Renewals, function: Activation
+) -> tuple[Float[Tensor, "b h n e"], Weights, Weights, Weights]:
     """All chunks, and memory, momentum and anchor after the last."""
     memory, momentum, anchor = ([w.flatten(0, 1) for w in group] for group in state[:3])
     lengths = [segment.stop - segment.start for segment in plan]
-    tiles = zip(plan, *(x.flatten(0, 1).split(lengths, 1) for x in (q, k, v, gates)), strict=True)
+    tiles = zip(plan, *(x.flatten(0, 1).split(lengths, 1) for x in inputs), strict=True)
     outputs, renewals = [], iter(renew)
     for segment, *tile in tiles:
         chunks = [x.unflatten(1, (-1, segment.size)) for x in tile]
@@ -124,8 +124,9 @@ def _run(
                 anchor = [torch.where(turn, now, old) for now, old in zip(memory, anchor, strict=True)]
             y, memory, momentum = _chunk(q_c, k_c, v_c, scans, memory, momentum, anchor, function)
             outputs.append(y)
-    y = torch.cat(outputs, 1).unflatten(0, q.shape[:2])
-    return y, tuple(tuple(w.unflatten(0, q.shape[:2]) for w in group) for group in (memory, momentum, anchor))
+    rows = inputs.q.shape[:2]
+    after = (tuple(w.unflatten(0, rows) for w in group) for group in (memory, momentum, anchor))
+    return torch.cat(outputs, 1).unflatten(0, rows), *after
 
 
 def _scans(gates: Float[Tensor, "r chunks c 4"]) -> list[_Scans]:
