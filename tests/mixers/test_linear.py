@@ -107,8 +107,9 @@ def _short_conv(x: Tensor, weight: Tensor) -> Tensor:
         {"gate": True, "negative_eigenvalues": True},
         {"conv_size": 0, "beta": "one", "expand_v": 2.0},
         {"qk_activation": "elu", "qk_norm": "sum", "expand_k": 0.5},
+        {"decay": True},
     ],
-    ids=["default", "gated", "bare", "elu-sum"],
+    ids=["default", "gated", "bare", "elu-sum", "decaying"],
 )
 def test_delta_net(options) -> None:
     mixer = build("delta_net", 12, 2, **options)
@@ -136,6 +137,9 @@ def test_delta_net(options) -> None:
                     beta = torch.sigmoid(x[:, t] @ mixer.b_proj.weight[h])[:, None]
                 if options.get("negative_eigenvalues"):
                     beta = 2 * beta
+                if options.get("decay"):
+                    step = F.softplus(x[:, t] @ mixer.decay.proj.weight[h] + mixer.decay.bias[h])
+                    state = torch.exp(-mixer.decay.A_log[h].exp() * step)[:, None, None] * state
                 held = (kt[:, None] @ state)[:, 0]
                 state = state + kt[:, :, None] * (beta * (v[h][:, t] - held))[:, None]
                 rows.append((qt[:, None] @ state)[:, 0] / math.sqrt(qt.shape[-1]))

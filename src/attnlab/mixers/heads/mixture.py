@@ -21,8 +21,7 @@ from attnlab.core.record import Tape, record, recording
 from attnlab.core.state import State
 from attnlab.core.streaming import StreamingMixer
 from attnlab.mixers.attention import DENSE, AttentionMixer, CachedAttention
-from attnlab.mixers.heads.routers import balance_loss
-from attnlab.mixers.parts.routing import top_k_mask
+from attnlab.mixers.parts.routing import balance_loss, top_k_mask
 
 
 @mixers.register("mixture_of_attention", family="heads", paper="bam", supports=DENSE, example={"num_experts": 2})

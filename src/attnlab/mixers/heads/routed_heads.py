@@ -10,7 +10,8 @@ from torch import Tensor
 
 from attnlab.core.info import Supports
 from attnlab.mixers.attention import AttentionMixer
-from attnlab.mixers.heads.routers import LinearRouter, QueryNormRouter, balance_loss
+from attnlab.mixers.heads.routers import LinearRouter, QueryNormRouter
+from attnlab.mixers.parts.routing import balance_loss
 
 
 class RoutedHeads(AttentionMixer):

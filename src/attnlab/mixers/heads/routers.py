@@ -9,16 +9,6 @@ from torch import Tensor, nn
 from attnlab.mixers.parts.routing import top_k_mask
 
 
-def balance_loss(
-    scores: Float[Tensor, "b n r"], chosen: Bool[Tensor, "b n r"], mask: Bool[Tensor, "b n"] | None
-) -> Float[Tensor, ""]:
-    r"""Load balance $E^2\,\mathrm{mean}_e(\bar p_e \bar f_e)$: mean score times share of tokens, over E heads."""
-    real = torch.ones_like(chosen[..., 0]) if mask is None else mask
-    weight = real.to(scores.dtype).unsqueeze(-1) / real.sum().clamp(min=1)
-    share = (scores * weight).sum(dim=(0, 1)) * (chosen.to(scores.dtype) * weight).sum(dim=(0, 1))
-    return share.mean() * scores.shape[-1] ** 2
-
-
 class LinearRouter(nn.Module):
     r"""Two-stage linear router of MoH (Jin et al. 2024, equations 4 to 6): shared heads always on, k of the routed ones by score.
 

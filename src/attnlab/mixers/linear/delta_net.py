@@ -12,16 +12,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from attnlab.core.catalog import mixers
+from attnlab.core.dynamics import Dynamics
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.core.state import State
 from attnlab.core.streaming import StreamingMixer
+from attnlab.mixers.parts.decay import StepDecay
 from attnlab.mixers.parts.features import elu_plus_one
 from attnlab.mixers.parts.norms import l2_normalize, sum_normalize
 from attnlab.mixers.parts.short_convolution import ShortConvolution
+from attnlab.mixers.parts.steps import Steps, carry
 from attnlab.ops.backends import accumulate_dtype
-from attnlab.ops.delta_rule import delta_rule
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -41,7 +43,9 @@ _NORMS: dict[str, Callable[[Tensor], Tensor]] = {"l2": l2_normalize, "sum": sum_
     "delta_net",
     family="linear",
     paper="deltanet",
-    supports=Supports(causal="always", streaming=True, mixing_matrix=True, state="bounded", associative=True, cost=1.0),
+    supports=Supports(
+        causal="always", streaming=True, mixing_matrix=True, state="bounded", associative=True, dynamics=True, cost=1.0
+    ),
 )
 class DeltaNet(StreamingMixer):
     r"""The delta rule over the sequence (Yang et al. 2024, equations 1 to 10).
@@ -64,6 +68,8 @@ class DeltaNet(StreamingMixer):
         beta: "sigmoid", or "one" for a write strength of 1.
         negative_eigenvalues: double beta, so that transitions reach -1 along a key.
         gate: multiply the normalised output by SiLU of another linear map of x.
+        decay: multiply the state before each step by $e^{-A\Delta_t}$, one number a head with
+            $\Delta_t = \mathrm{softplus}(w^\top x_t + b)$ (the gated delta rule, Yang et al. 2024, arXiv 2412.06464).
         qk_activation: "silu", "relu", "elu" (plus 1) or "identity".
         qk_norm: "l2", or "sum" (divide by the sum of the entries).
         norm_eps: of the output norm.
@@ -91,6 +97,7 @@ class DeltaNet(StreamingMixer):
         beta: str = "sigmoid",
         negative_eigenvalues: bool = False,
         gate: bool = False,
+        decay: bool = False,
         qk_activation: str = "silu",
         qk_norm: str = "l2",
         norm_eps: float = 1e-5,
@@ -119,6 +126,7 @@ class DeltaNet(StreamingMixer):
         self.v_proj = nn.Linear(dim, values, bias=False, **place)
         self.b_proj = nn.Linear(dim, num_heads, bias=False, **place) if beta == "sigmoid" else None
         self.g_proj = nn.Linear(dim, values, bias=False, **place) if gate else None
+        self.decay = StepDecay(dim, num_heads, **place) if decay else None
         self.out_proj = nn.Linear(values, dim, bias=False, **place)
         self.out_norm = nn.RMSNorm(self.value_dim, eps=norm_eps, **place)
         widths = {"q": keys, "k": keys, "v": values} if conv_size else {}
@@ -134,12 +142,12 @@ class DeltaNet(StreamingMixer):
         self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None
     ) -> tuple[Float[Tensor, "b n c"], State]:
         """Write every token into the memory and read it."""
-        q, k, v, beta, windows = self._project(x, state, mask)
-        heads, memory = delta_rule(q, k, v, beta, initial_state=state["memory"])
-        self.emit("values", v)
+        steps, windows = self._project(x, state, mask)
+        heads, memory = steps.run(state["memory"])
+        self.emit("values", steps.v)
         self.emit("mixed", heads)
-        self.emit("beta", beta)
-        y = self.out_norm(heads.transpose(1, 2))
+        self.emit("beta", lambda: steps.beta.squeeze(-1))  # type: ignore[union-attr]
+        y = self.out_norm(heads.transpose(1, 2).to(self.out_norm.weight.dtype))
         if self.g_proj is not None:
             y = y * F.silu(rearrange(self.g_proj(x), "b n (h e) -> b n h e", h=self.num_heads))
         return self.out_proj(y.flatten(2)), State({"memory": memory, **windows})
@@ -152,31 +160,28 @@ class DeltaNet(StreamingMixer):
         grid: Grid,
     ) -> Float[Tensor, "b h n m"]:
         """What the operator makes of identity values: Householder-like products between write and read."""
-        q, k, v, beta, _ = self._project(x, self.begin(x.shape[0], x.device, x.dtype), masks.query)
-        identity = torch.eye(x.shape[1], device=x.device, dtype=v.dtype).expand(*v.shape[:2], -1, -1)
-        return delta_rule(q, k, identity, beta)[0]
+        steps, _ = self._project(x, self.begin(x.shape[0], x.device, x.dtype), masks.query)
+        identity = torch.eye(x.shape[1], device=x.device, dtype=x.dtype).expand(*steps.v.shape[:2], -1, -1)
+        return steps._replace(v=identity).run()[0]
 
     def digest(self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None) -> State:
         r"""A piece maps $S \mapsto P S + R$: R is the memory from zero, P (b, h, K, K) the identity's without values."""
-        _, k, v, beta, _ = self._project(x, state, mask)
-        nothing = v.new_zeros(*v.shape[:2], self.key_dim, self.value_dim)
-        identity = torch.eye(self.key_dim, device=v.device, dtype=v.dtype).expand(*v.shape[:2], -1, -1)
-        both = torch.cat((v, torch.zeros_like(k)), dim=-1)
-        _, after = delta_rule(k, k, both, beta, initial_state=torch.cat((nothing, identity), dim=-1))
-        memory, carry = after.split([self.value_dim, self.key_dim], dim=-1)
-        return State({"memory": memory, "carry": carry})
+        written, kept = self._project(x, state, mask)[0].digest()
+        return State({"memory": written, "carry": kept})
 
     def fold(self, earlier: State, later: State) -> dict[str, Tensor]:
         """The later piece's map of the earlier memory; maps are composed."""
-        carried = {"carry": later["carry"] @ earlier["carry"]} if "carry" in earlier else {}
-        return {"memory": later["carry"] @ earlier["memory"] + later["memory"], **carried}
+        carried = {"carry": carry(later["carry"], earlier["carry"])} if "carry" in earlier else {}
+        return {"memory": carry(later["carry"], earlier["memory"]) + later["memory"], **carried}
+
+    def recurrence(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None) -> Dynamics:
+        r"""$\Lambda_t = I - \beta_t k_t k_t^\top$, by the decay if there is one: a product of Householder-like factors."""
+        return self._project(x, self.begin(x.shape[0], x.device, x.dtype), mask)[0].recurrence()
 
     def _named_convs(self) -> list[tuple[str, ShortConvolution]]:
         return [(name, conv) for name, conv in self.convs.items() if isinstance(conv, ShortConvolution)]
 
-    def _project(
-        self, x: Tensor, state: State, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, "b h n"], dict[str, Tensor]]:
+    def _project(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Steps, dict[str, Tensor]]:
         parts = {"q": self.q_proj(x), "k": self.k_proj(x), "v": self.v_proj(x)}
         windows = {}
         for name, conv in self._named_convs():
@@ -186,7 +191,6 @@ class DeltaNet(StreamingMixer):
         activate, normalize = _ACTIVATIONS[self.qk_activation], _NORMS[self.qk_norm]
         q, k = normalize(activate(q)), normalize(activate(k))
         beta = torch.ones_like(x[..., : self.num_heads]) if self.b_proj is None else self.b_proj(x).sigmoid()
-        beta = (beta * self.scale_beta).transpose(1, 2)
-        if mask is not None:
-            beta = beta.masked_fill(~mask[:, None, :], 0.0)
-        return q, k, v, beta, windows
+        beta = (beta * self.scale_beta).transpose(1, 2).unsqueeze(-1)
+        decay = None if self.decay is None else self.decay(x)
+        return Steps(q, k, v, decay, beta, self.key_dim**-0.5).masked(mask), windows
