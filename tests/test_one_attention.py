@@ -18,6 +18,7 @@ ALLOWED = {
     "mixers/heads/mixture.py": "a gate over experts",
     "mixers/heads/routers.py": "a gate over heads",
     "mixers/heads/union_of_experts.py": "a gate over heads",
+    "mixers/linear/rala.py": "weights of the keys, from one mean query",
     "mixers/parts/features.py": "features of one token, over its channels",
     "mixers/parts/routed_lora.py": "a gate over experts",
     "mixers/pooled/token_pooling.py": "a gate over scales of pooling",

@@ -71,7 +71,7 @@ class ConvBN(nn.Module):
             return zero_masked(from_grid(y), mask)
         if not self.training or (mask is None and y.numel() > y.shape[1]):
             return zero_masked(from_grid(self.norm(y)), mask)
-        return self._normalize(from_grid(y), self.norm, mask)
+        return _normalize_real(from_grid(y), self.norm, mask)
 
     def fuse(self) -> None:
         """Fold the norm into the convolution, which then has a bias: the same function in evaluation, with half the work.
@@ -91,28 +91,35 @@ class ConvBN(nn.Module):
             self.conv.bias = nn.Parameter(norm.bias - norm.running_mean * factor + shift)
         self.norm = None
 
-    @staticmethod
-    def _normalize(y: Float[Tensor, "b n e"], norm: Any, mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b n e"]:
-        # Sums over a fixed shape in place of the real tokens' rows, whose number neither a compiler nor a meta tensor knows.
-        wide = y.to(accumulate_dtype(y.dtype))
-        real = torch.ones_like(wide[..., :1]) if mask is None else mask.unsqueeze(-1).to(wide.dtype)
-        count = real.sum()
-        total = count.clamp(min=1.0)
-        mean = (wide * real).sum(dim=(0, 1)) / total
-        centred = (wide - mean) * real
-        variance = centred.square().sum(dim=(0, 1)) / total
-        with torch.no_grad():
-            taught = (count > 0).to(wide.dtype)  # a batch without any real token teaches nothing
-            unbiased = variance * (total / (total - 1.0).clamp(min=1.0))
-            for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-                running.add_((norm.momentum * taught * (new - running)).to(running.dtype))
-            norm.num_batches_tracked.add_(1)
-        out = centred * (variance + norm.eps).rsqrt() * norm.weight + norm.bias
-        return zero_masked(out.to(y.dtype), mask)
-
 
 def fuse(module: nn.Module) -> None:
     """`ConvBN.fuse` on every one inside ``module``."""
     for part in module.modules():
         if isinstance(part, ConvBN):
             part.fuse()
+
+
+def batch_norm(y: Float[Tensor, "b n c"], norm: nn.BatchNorm1d, mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b n c"]:
+    """``norm`` of the real tokens, over all of them in the batch in training; 0 at the others."""
+    if norm.training and (mask is not None or y.numel() == y.shape[2]):
+        return _normalize_real(y, norm, mask)
+    return zero_masked(norm(y.transpose(1, 2)).transpose(1, 2), mask)
+
+
+def _normalize_real(y: Float[Tensor, "b n e"], norm: Any, mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b n e"]:
+    # Sums over a fixed shape in place of the real tokens' rows, whose number neither a compiler nor a meta tensor knows.
+    wide = y.to(accumulate_dtype(y.dtype))
+    real = torch.ones_like(wide[..., :1]) if mask is None else mask.unsqueeze(-1).to(wide.dtype)
+    count = real.sum()
+    total = count.clamp(min=1.0)
+    mean = (wide * real).sum(dim=(0, 1)) / total
+    centred = (wide - mean) * real
+    variance = centred.square().sum(dim=(0, 1)) / total
+    with torch.no_grad():
+        taught = (count > 0).to(wide.dtype)  # a batch without any real token teaches nothing
+        unbiased = variance * (total / (total - 1.0).clamp(min=1.0))
+        for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+            running.add_((norm.momentum * taught * (new - running)).to(running.dtype))
+        norm.num_batches_tracked.add_(1)
+    out = centred * (variance + norm.eps).rsqrt() * norm.weight + norm.bias
+    return zero_masked(out.to(y.dtype), mask)
