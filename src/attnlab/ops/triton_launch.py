@@ -17,9 +17,6 @@ from torch import Tensor
 SHORTEST = 256
 """Tokens of the shortest segment: below it the states between segments move more bytes than the tokens do."""
 
-WAVES = 4
-"""Programs for each multiprocessor that a launch aims at."""
-
 WIDEST = 256
 """Width of the widest head: a program holds all rows of some columns of its state in registers."""
 
@@ -79,15 +76,15 @@ def power_of_two(size: int, least: int = 1) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-def segment_length(x: Tensor, length: int, parallel: int, multiple: int) -> int:
-    """Tokens of a segment, a ``multiple``, where ``parallel`` programs run for each.
+def segment_length(x: Tensor, length: int, parallel: int, multiple: int, programs: int = 4, shortest: int = SHORTEST) -> int:
+    """Tokens of a segment, a ``multiple`` and no fewer than ``shortest``, where ``parallel`` programs run for each.
 
-    Just enough segments to fill the GPU of ``x``; in the interpreter as many as there can be.
+    Just enough segments for ``programs`` on every multiprocessor of the GPU of ``x``; in the interpreter as many as there can be.
     """
     wanted = length
     if x.is_cuda:
-        wanted = WAVES * torch.cuda.get_device_properties(x.device).multi_processor_count // max(1, parallel)
-    tokens = max(SHORTEST, -(-length // max(1, wanted)))
+        wanted = programs * torch.cuda.get_device_properties(x.device).multi_processor_count // max(1, parallel)
+    tokens = max(shortest, -(-length // max(1, wanted)))
     return -(-tokens // multiple) * multiple
 
 

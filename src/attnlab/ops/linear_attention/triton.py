@@ -104,6 +104,7 @@ def _starts(
     (h, n, d), e = rows.b.shape[1:], rows.c.shape[-1]
     groups = edge.shape[0] * h
     states = edge.new_empty(groups, room, d, e)
+    states[:, plan.segments :] = 0
     if plan.segments == 1:
         states[:, 0] = edge.flatten(0, 1)
         return states

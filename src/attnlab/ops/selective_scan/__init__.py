@@ -10,8 +10,13 @@ from torch.nn import functional as F
 from attnlab.ops.backends import Op
 from attnlab.ops.selective_scan import eager, reference
 from attnlab.ops.selective_scan.checks import check
+from attnlab.ops.triton_launch import limits
 
-OP = Op("selective_scan", {"reference": reference.scan, "eager": eager.scan})
+OP = Op(
+    "selective_scan",
+    {"reference": reference.scan, "eager": eager.scan, "triton": "attnlab.ops.selective_scan.triton:scan"},
+    limits={"triton": limits((torch.float32,))},
+)
 """The implementations of the core recurrence; what is pointwise is done here, for all of them."""
 
 
@@ -50,7 +55,7 @@ def selective_scan(
         delta_bias: added to ``delta`` before the softplus.
         delta_softplus: whether the steps are softplus'd.
         initial_state: $h_{-1}$, zeros if None.
-        backend: "auto", "reference" or "eager".
+        backend: "auto", "reference", "eager", or "triton" (on a GPU, where the scan runs in float32).
 
     Returns:
         y in the dtype of ``u``, and the last state, which stays in the dtype that the scan runs in: the common one of all
@@ -72,8 +77,8 @@ def selective_scan(
         steps = F.softplus(steps)
     if initial_state is None:
         initial_state = A.new_zeros(len(u), *A.shape)
-    core = (steps * inputs, steps, A, *_same_layout(B, C), initial_state)
-    y, last = OP(backend, u)(*(tensor.to(dtype) for tensor in core))
+    core = [tensor.to(dtype) for tensor in (steps * inputs, steps, A, *_same_layout(B, C), initial_state)]
+    y, last = OP(backend, core[0])(*core)
     return _read_out(y, inputs, D, z).to(u.dtype), last
 
 

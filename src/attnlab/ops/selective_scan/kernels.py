@@ -1,0 +1,192 @@
+r"""Kernels of the selective scan, in Triton's language.
+
+Forward, a state (s states, channels) goes through the tokens, $h_t = a_t h_{t-1} + B_t x_t$ with $a_t = e^{\mathrm{dt}_t A}$.
+Backward, ``REVERSE``, what the tokens from t on hand back to the state before them does: $m_t = a_t (m_{t+1} + C_t\,dy_t)$.
+`_walk` does either through segments of tokens, from zeros to learn what a segment adds, which `_carry` turns into the
+states before the segments, and then from these. It leaves the state at every ``CHUNK`` tokens, from where `_gradients` computes
+a chunk's states once more, in registers, all chunks at once.
+
+A token beyond the end has the step 0 and the input 0, which leaves a state as it is. Tensors of states have channels last.
+"""
+# A kernel's arguments are pointers, strides and sizes, which Triton's compiler types.
+# ruff: noqa: ANN001, ANN202
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _channels(blocks, width, BLOCK: tl.constexpr):
+    """The channels of this program's block, their places in their group, real below ``width``, and the group."""
+    group, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
+    within = block * BLOCK + tl.arange(0, BLOCK)
+    return group * width + within, within, group
+
+
+@triton.jit
+def _walk(
+    x, dt, rates, weights, readers, edges, y, kept, ends, steps,
+    x_batch, x_row, dt_batch, dt_row, weights_batch, weights_row, weights_group, readers_batch, readers_row, readers_group,
+    length, segments, span, room, channels, blocks, width, states,
+    REVERSE: tl.constexpr, LOCAL: tl.constexpr, READ: tl.constexpr, KEEP: tl.constexpr,
+    CONSTANT_WEIGHTS: tl.constexpr, CONSTANT_READERS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
+):  # fmt: skip
+    """Take a segment's state to its other end, stored in ``ends`` (b segments s e).
+
+    ``LOCAL``: from zeros, and sum the steps into ``steps`` (b segments e); otherwise from ``edges`` (b segments s e).
+    ``READ``: store what ``readers`` read of the states in ``y``. ``KEEP``: store in ``kept`` (b room s e) the state with which
+    each chunk begins.
+    """
+    batch, segment = (tl.program_id(0) // segments).to(tl.int64), tl.program_id(0) % segments
+    channel, within, group = _channels(blocks, width, BLOCK)
+    valid = within < width
+    state_index = tl.arange(0, STATES)
+    inside = (state_index < states)[:, None] & valid[None, :]
+    place = state_index[:, None] * channels + channel[None, :]
+    rate = tl.load(rates + place, mask=inside, other=0.0)
+    edge = (tl.program_id(0).to(tl.int64) * states) * channels
+    state = tl.zeros([STATES, BLOCK], tl.float32)
+    if not LOCAL:
+        state = tl.load(edges + edge + place, mask=inside, other=0.0)
+    total = tl.zeros([BLOCK], tl.float32)
+    if CONSTANT_WEIGHTS:
+        weight = tl.load(weights + place, mask=inside, other=0.0)
+    if READ and CONSTANT_READERS:
+        reader = tl.load(readers + place, mask=inside, other=0.0)
+    start, stop = segment * span, tl.minimum(segment * span + span, length)
+    count = tl.cdiv(stop - start, CHUNK)
+    for step in range(count):
+        row = start + (count - 1 - step if REVERSE else step) * CHUNK
+        if KEEP:
+            keep = (batch * room + row // CHUNK) * states * channels
+            tl.store(kept + keep + place, state, mask=inside)
+        for index in tl.static_range(CHUNK):
+            token = (row + (CHUNK - 1 - index if REVERSE else index)).to(tl.int64)
+            # A width of 0 for a token that isn't there: the interpreter takes no conjunction of a scalar with a vector.
+            there = within < tl.where(token < stop, width, 0)
+            known = state_index < tl.where(token < stop, states, 0)
+            input_row = tl.load(x + batch * x_batch + token * x_row + channel, mask=there, other=0.0)
+            step_row = tl.load(dt + batch * dt_batch + token * dt_row + channel, mask=there, other=0.0)
+            decay = tl.exp(step_row[None, :] * rate)
+            if not CONSTANT_WEIGHTS:
+                column = weights + batch * weights_batch + token * weights_row + group * weights_group
+                weight = tl.load(column + state_index, mask=known, other=0.0)[:, None]
+            state = decay * (state + weight * input_row[None, :]) if REVERSE else decay * state + weight * input_row[None, :]
+            if LOCAL:
+                total += step_row
+            if READ:
+                if not CONSTANT_READERS:
+                    column = readers + batch * readers_batch + token * readers_row + group * readers_group
+                    reader = tl.load(column + state_index, mask=known, other=0.0)[:, None]
+                result = tl.sum(state * reader, axis=0)
+                tl.store(y + (batch * length + token) * channels + channel, result, mask=there)
+    tl.store(ends + edge + place, state, mask=inside)
+    if LOCAL:
+        tl.store(steps + tl.program_id(0).to(tl.int64) * channels + channel, total, mask=valid)
+
+
+@triton.jit
+def _carry(
+    edges, steps, rates, first, segments, channels, size,
+    REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Turn what each segment adds, in ``edges`` (b segments s e), into the state it begins with, the first with ``first``."""
+    batch = tl.program_id(0).to(tl.int64)
+    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    rate = tl.load(rates + index, mask=inside, other=0.0)
+    state = tl.load(first + batch * size + index, mask=inside, other=0.0)
+    for step in range(segments):
+        segment = batch * segments + (segments - 1 - step if REVERSE else step)
+        own = tl.load(edges + segment * size + index, mask=inside, other=0.0)
+        total = tl.load(steps + segment * channels + index % channels, mask=inside, other=0.0)
+        tl.store(edges + segment * size + index, state, mask=inside)
+        state = tl.exp(total * rate) * state + own
+
+
+@triton.jit
+def _gradients(
+    x, dt, dy, rates, weights, readers, starts, ends, dx, ddt, dweights, dreaders,
+    x_batch, x_row, dt_batch, dt_row, dy_batch, dy_row,
+    weights_batch, weights_row, weights_group, readers_batch, readers_row, readers_group,
+    length, chunks, room, channels, blocks, width, states,
+    CONSTANT_WEIGHTS: tl.constexpr, CONSTANT_READERS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a chunk's inputs and steps, and its part of those of the rates, which takes the place of ``ends``.
+
+    ``starts`` (b room s e) are the states before the chunks, ``ends`` (b chunks s e) what comes back to those after. Parts of
+    the gradients of the weights and readers go to (b g blocks n s), or (b chunks s e) if constant.
+    """
+    batch, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
+    channel, within, group = _channels(blocks, width, BLOCK)
+    valid = within < width
+    row = chunk * CHUNK
+    dts, xs, dys, dxs, ddts = (), (), (), (), ()
+    for index in tl.static_range(CHUNK):
+        token = (row + index).to(tl.int64)
+        inside = within < tl.where(token < length, width, 0)
+        xs = xs + (tl.load(x + batch * x_batch + token * x_row + channel, mask=inside, other=0.0),)  # noqa: RUF005
+        dts = dts + (tl.load(dt + batch * dt_batch + token * dt_row + channel, mask=inside, other=0.0),)  # noqa: RUF005
+        dys = dys + (tl.load(dy + batch * dy_batch + token * dy_row + channel, mask=inside, other=0.0),)  # noqa: RUF005
+        dxs = dxs + (tl.zeros([BLOCK], tl.float32),)  # noqa: RUF005
+        ddts = ddts + (tl.zeros([BLOCK], tl.float32),)  # noqa: RUF005
+    weights += batch * weights_batch + row.to(tl.int64) * weights_row + group * weights_group
+    readers += batch * readers_batch + row.to(tl.int64) * readers_row + group * readers_group
+    per_token = ((batch * tl.num_programs(1) + tl.program_id(1)) * length + row) * states
+    for state in range(states):
+        line = tl.program_id(0).to(tl.int64) * states * channels + state * channels + channel
+        rate = tl.load(rates + state * channels + channel, mask=valid, other=0.0)
+        h = tl.load(starts + ((batch * room + chunk) * states + state) * channels + channel, mask=valid, other=0.0)
+        m = tl.load(ends + line, mask=valid, other=0.0)
+        if CONSTANT_WEIGHTS:
+            weight = tl.load(weights + state * channels + channel, mask=valid, other=0.0)
+        if CONSTANT_READERS:
+            reader = tl.load(readers + state * channels + channel, mask=valid, other=0.0)
+        befores, decays = (), ()
+        summed = tl.zeros([BLOCK], tl.float32)
+        for index in tl.static_range(CHUNK):
+            there = row + index < length
+            decay = tl.exp(dts[index] * rate)
+            if not CONSTANT_WEIGHTS:
+                weight = tl.load(weights + index * weights_row + state, mask=there, other=0.0)
+            befores, decays = befores + (h,), decays + (decay,)  # noqa: RUF005
+            h = decay * h + xs[index] * weight
+            if CONSTANT_READERS:
+                summed += h * dys[index]
+            else:
+                tl.store(dreaders + per_token + index * states + state, tl.sum(h * dys[index]), mask=there)
+        if CONSTANT_READERS:
+            tl.store(dreaders + line, summed, mask=valid)
+        new_dxs, new_ddts = (), ()
+        drate = tl.zeros([BLOCK], tl.float32)
+        summed = tl.zeros([BLOCK], tl.float32)
+        for index in tl.static_range(CHUNK - 1, -1, -1):
+            there = row + index < length
+            if not CONSTANT_READERS:
+                reader = tl.load(readers + index * readers_row + state, mask=there, other=0.0)
+            if not CONSTANT_WEIGHTS:
+                weight = tl.load(weights + index * weights_row + state, mask=there, other=0.0)
+            adjoint = m + reader * dys[index]
+            if CONSTANT_WEIGHTS:
+                summed += adjoint * xs[index]
+            else:
+                tl.store(dweights + per_token + index * states + state, tl.sum(adjoint * xs[index]), mask=there)
+            m = decays[index] * adjoint
+            exponent = m * befores[index]
+            drate += exponent * dts[index]
+            new_dxs = (dxs[index] + adjoint * weight,) + new_dxs  # noqa: RUF005
+            new_ddts = (ddts[index] + exponent * rate,) + new_ddts  # noqa: RUF005
+        dxs, ddts = new_dxs, new_ddts
+        if CONSTANT_WEIGHTS:
+            tl.store(dweights + line, summed, mask=valid)
+        tl.store(ends + line, drate, mask=valid)
+    for index in tl.static_range(CHUNK):
+        token = (row + index).to(tl.int64)
+        place = (batch * length + token) * channels + channel
+        inside = within < tl.where(token < length, width, 0)
+        tl.store(dx + place, dxs[index], mask=inside)
+        tl.store(ddt + place, ddts[index], mask=inside)
