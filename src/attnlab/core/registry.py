@@ -135,6 +135,7 @@ _ROOMS = (
     "models",
     "objectives",
     "tasks",
+    "parallel",
 )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from jaxtyping import Bool
 from torch import Tensor, nn
 
 from attnlab.core.contract import Mixer
@@ -18,7 +17,7 @@ from attnlab.parallel.simulation import SimulatedRanks
 def simulate(
     module: nn.Module,
     pieces: Sequence[Tensor],
-    masks: Sequence[Bool[Tensor, "b n"] | None] | None = None,
+    masks: Sequence[Tensor | None] | None = None,
     *,
     traffic: Traffic | None = None,
 ) -> list[Tensor]:
