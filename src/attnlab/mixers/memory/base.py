@@ -114,8 +114,8 @@ def for_batch(state: State, batch_size: int, device: torch.device, dtype: torch.
 
 def persistent_tokens(
     count: int, dim: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
-) -> nn.Parameter:
-    """Learned tokens (count, dim) that are the same for every input; ValueError for a negative number."""
+) -> nn.Parameter | None:
+    """Learned tokens (count, dim) that are the same for every input, None without any; ValueError for a negative number."""
     if count < 0:
         raise ValueError(f"num_persistent: expected at least 0, got {count}")
-    return nn.Parameter(0.02 * torch.randn(count, dim, device=device, dtype=dtype))
+    return nn.Parameter(0.02 * torch.randn(count, dim, device=device, dtype=dtype)) if count else None

@@ -120,11 +120,11 @@ class NeuralMemory(nn.Module):
             raise ValueError(f"depth: expected 1 to 4 layers, got {depth}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {list(ACTIVATIONS)}, got {activation!r}")
-        for name, value, least in (("expansion", hidden, 1), ("chunk", chunk, 1), ("conv_size", conv_size, 0)):
+        for name, value, least in (("chunk", chunk, 1), ("conv_size", conv_size, 0)):
             if value < least:
-                raise ValueError(
-                    f"{name}: expected {'hidden layers of' if name == 'expansion' else ''} at least {least}, got {value}"
-                )
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        if hidden < 1:
+            raise ValueError(f"expansion: expected hidden layers of at least 1 for a head of {head_dim}, got {expansion}")
         if max_step is not None and max_step <= 0:
             raise ValueError(f"max_step: expected a positive number, got {max_step}")
         place: dict[str, Any] = {"device": device, "dtype": dtype}

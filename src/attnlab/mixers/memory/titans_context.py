@@ -185,13 +185,20 @@ class TitansContext(MemoryMixer):
         filled: Bool[Tensor, "b s"] | None,
     ) -> Float[Tensor, "b m c"]:
         """Queries of a segment over persistent, recalled and own tokens."""
-        fixed = [t.expand(piece.q.shape[0], -1, -1, -1) for t in self._heads_of(self.persistent[None, None])]
-        k = torch.cat((fixed[0], recalled_keys, piece.k), 2)
-        v = torch.cat((fixed[1], recalled_values, piece.v), 2)
-        always = pairs.new_ones(*pairs.shape[:3], fixed[0].shape[2])
-        allowed = torch.cat((always, pairs, pairs), -1)
-        real = None if filled is None else torch.cat((filled.new_ones(len(filled), always.shape[3]), filled, filled), 1)
-        y = attention(piece.q, k, v, pair_mask=allowed, key_mask=real)
+        keys, values, allowed = [recalled_keys, piece.k], [recalled_values, piece.v], [pairs, pairs]
+        real = [] if filled is None else [filled, filled]
+        if self.persistent is not None:
+            k, v = (t.expand(len(piece.q), -1, -1, -1) for t in self._heads_of(self.persistent[None, None]))
+            keys, values = [k, *keys], [v, *values]
+            allowed = [pairs.new_ones(*pairs.shape[:3], k.shape[2]), *allowed]
+            real = [] if filled is None else [filled.new_ones(len(filled), k.shape[2]), *real]
+        y = attention(
+            piece.q,
+            torch.cat(keys, 2),
+            torch.cat(values, 2),
+            pair_mask=torch.cat(allowed, -1),
+            key_mask=torch.cat(real, 1) if real else None,
+        )
         return rearrange(y, "b h m d -> b m (h d)")
 
     def _gate(

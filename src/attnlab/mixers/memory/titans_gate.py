@@ -86,14 +86,14 @@ class TitansGate(MemoryMixer):
     ) -> Float[Tensor, "b n c"]:
         """The whole sequence: no keys before it, and its place in the chunk is that after the persistent tokens."""
         state = self._primed(x.shape[0], x.device, x.dtype)
-        place = len(self.persistent) % self.store.chunk
+        place = 0 if self.persistent is None else len(self.persistent) % self.store.chunk
         return self._both(x, state, self.attention.keep(x[:, :0]), masks.query, place)[0]
 
     def _primed(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        if self.persistent is None:
+            return self.store.begin(batch_size, device, dtype)
         tokens = self.persistent[None]
-        state = self.store.begin(1, tokens.device, tokens.dtype)
-        if tokens.shape[1]:
-            _, state = self.store(tokens, state, None, 0)
+        _, state = self.store(tokens, self.store.begin(1, tokens.device, tokens.dtype), None, 0)
         return for_batch(state, batch_size, device, dtype)
 
     def _both(

@@ -85,16 +85,17 @@ class TitansLayer(Titans):
         """The whole sequence after the persistent tokens, with just the keys that there are."""
         state, first = self._primed()
         cache = Cache(first.k.expand(len(x), -1, -1), first.v.expand(len(x), -1, -1), None)
-        place = len(self.persistent) % self.store.chunk
+        place = 0 if self.persistent is None else len(self.persistent) % self.store.chunk
         return self._layer(x, for_batch(state, x.shape[0], x.device, x.dtype), cache, masks.query, place)[0]
 
     def _primed(self) -> tuple[State, Cache]:
         """State and keys after the persistent tokens, for one example."""
-        tokens = self.persistent[None]
-        state = self.store.begin(1, tokens.device, tokens.dtype)
-        if tokens.shape[1]:
-            tokens, state = super().advance(tokens, state, mask=None, place=0)
-        return state, self.attention.keep(tokens)
+        weight = self.out_proj.weight
+        state = self.store.begin(1, weight.device, weight.dtype)
+        if self.persistent is None:
+            return state, self.attention.keep(weight.new_zeros(1, 0, self.dim))
+        read, state = super().advance(self.persistent[None], state, mask=None, place=0)
+        return state, self.attention.keep(read)
 
     def _layer(
         self, x: Tensor, state: State, cache: Cache, mask: Tensor | None, place: int | None
