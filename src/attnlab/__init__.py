@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from attnlab.core.catalog import create_mixer, list_mixers, mixer_info
 from attnlab.core.contract import Mixer
+from attnlab.core.dynamics import Dynamics
 from attnlab.core.errors import AttnlabError, BackendUnavailableError, UnknownNameError, UnsupportedError
 from attnlab.core.info import Info, MixerInfo, Supports
 from attnlab.core.record import record
 from attnlab.core.registry import Registry
-from attnlab.core.state import State
+from attnlab.core.state import Before, State
 from attnlab.core.streaming import StreamingMixer
 from attnlab.core.tokens import Tokens, pack, unpack
 
@@ -45,6 +46,8 @@ _LAZY = {
 __all__ = [
     "AttnlabError",
     "BackendUnavailableError",
+    "Before",
+    "Dynamics",
     "Info",
     "Mixer",
     "MixerInfo",

@@ -51,3 +51,12 @@ def test_group_norm_is_refused_where_the_future_must_not_be_seen():
 def test_an_unknown_norm_is_named():
     with pytest.raises(UnknownNameError, match=r"norm: .*'layernorm'; did you mean 'layer_norm'"):
         create_norm("layernorm", 8)
+
+
+def test_the_simple_norm_has_no_weights_and_leaves_a_root_mean_square_of_1():
+    norm, x = create_norm("simple_rms_norm", 6), torch.randn(2, 3, 6, dtype=torch.float64)
+    assert not list(norm.parameters())
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(norm(x), expected, rtol=1e-12, atol=1e-12)
+    mask = torch.tensor([[True, False, True]] * 2)
+    assert torch.equal(norm(x, mask)[:, 1], torch.zeros(2, 6, dtype=torch.float64))

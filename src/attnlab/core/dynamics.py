@@ -32,10 +32,11 @@ class Dynamics:
         ValueError: for shapes that do not fit.
     """
 
-    transition: Inexact[Tensor, "b h n s"] | Inexact[Tensor, "b h n s s"]
-    input: Inexact[Tensor, "b h n s"]
-    output: Inexact[Tensor, "b h n s"]
-    skip: Float[Tensor, "b h n"] | None = None
+    # what they must be is said where it is checked, so no shape is written here
+    transition: Tensor
+    input: Tensor
+    output: Tensor
+    skip: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = self.input.shape

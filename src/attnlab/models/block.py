@@ -37,7 +37,7 @@ class Block(nn.Module):
         dim: width of the tokens.
         mixer: the token mixer.
         channel_mixer: the channel mixer, or None for a block without.
-        norm: "layer_norm", "rms_norm", "group_norm" or "none".
+        norm: "layer_norm", "rms_norm", "simple_rms_norm", "group_norm" or "none".
         placement: "pre", "post" or "sandwich".
         parallel: both branches from one norm, added at once.
         layer_scale: initial LayerScale of both branches, or None.

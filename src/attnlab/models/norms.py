@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attnlab.core.errors import UnknownNameError, UnsupportedError, nearest
 from attnlab.core.masks import zero_masked
 from attnlab.mixers.parts.group_norm import group_norm
+from attnlab.mixers.parts.norms import simple_rms_norm
 
 
 class Norm(nn.Module):
@@ -64,6 +65,23 @@ class RMSNorm(Norm):
         return zero_masked(F.rms_norm(x, self.weight.shape, self.weight, 1e-6), mask)
 
 
+class SimpleRMSNorm(Norm):
+    r"""$x / \sqrt{\mathrm{mean}_c\,x^2 + \epsilon}$ of each token, no weights, $\epsilon = 10^{-6}$ (TransNormerLLM's SRMSNorm).
+
+    Args:
+        dim: channels, which it has no parameters for.
+        device: of no use either.
+        dtype: of no use either.
+    """
+
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+
+    def forward(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n c"]:
+        """Scale each token to root mean square 1 over its channels."""
+        return zero_masked(simple_rms_norm(x), mask)
+
+
 class GroupNorm(Norm):
     r"""Group normalisation with one group: mean and variance over channels and real tokens jointly, $\epsilon = 10^{-5}$.
 
@@ -89,7 +107,7 @@ class GroupNorm(Norm):
         return group_norm(x, self.weight, self.bias, mask)
 
 
-_KINDS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm, "group_norm": GroupNorm}
+_KINDS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm, "simple_rms_norm": SimpleRMSNorm, "group_norm": GroupNorm}
 NORMS = (*_KINDS, "none")
 """Names that `create_norm` takes."""
 
@@ -105,7 +123,8 @@ def create_norm(
     """The norm called ``name`` over ``dim`` channels.
 
     Args:
-        name: "layer_norm", "rms_norm", "group_norm" (one group, over tokens and channels jointly) or "none".
+        name: "layer_norm", "rms_norm", "simple_rms_norm" (no weights), "group_norm" (one group, over tokens and channels) or
+            "none".
         dim: channels.
         causal: whether the model that it is for must not see the future.
         device: of the parameters.
