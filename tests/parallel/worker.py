@@ -221,6 +221,6 @@ if __name__ == "__main__":
     try:
         for name in sys.argv[1:]:
             CASES[name]()
-            print(f"rank {dist.get_rank()} passed {name}", flush=True)
+            print(f"rank {dist.get_rank()} passed {name}\n", end="", flush=True)  # one write: ranks share the pipe
     finally:
         dist.destroy_process_group()
