@@ -76,15 +76,15 @@ def power_of_two(size: int, least: int = 1) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-def segment_length(x: Tensor, length: int, parallel: int, multiple: int, programs: int = 4, shortest: int = SHORTEST) -> int:
-    """Tokens of a segment, a ``multiple`` and no fewer than ``shortest``, where ``parallel`` programs run for each.
+def segment_length(x: Tensor, length: int, parallel: int, multiple: int, programs: int = 4, shortest: int = 0) -> int:
+    """Tokens of a segment, a ``multiple`` and at least ``shortest`` (0: `SHORTEST`), where ``parallel`` programs run for each.
 
     Just enough segments for ``programs`` on every multiprocessor of the GPU of ``x``; in the interpreter as many as there can be.
     """
     wanted = length
     if x.is_cuda:
         wanted = programs * torch.cuda.get_device_properties(x.device).multi_processor_count // max(1, parallel)
-    tokens = max(shortest, -(-length // max(1, wanted)))
+    tokens = max(shortest or SHORTEST, -(-length // max(1, wanted)))
     return -(-tokens // multiple) * multiple
 
 

@@ -109,6 +109,55 @@ def _carry(
 
 
 @triton.jit
+def _rows(x, row, stride, channel, within, width, length, CHUNK: tl.constexpr):
+    """The rows of a chunk's tokens, zeros beyond the end."""
+    rows = ()
+    for index in tl.static_range(CHUNK):
+        inside = within < tl.where(row + index < length, width, 0)
+        rows = rows + (tl.load(x + (row + index).to(tl.int64) * stride + channel, mask=inside, other=0.0),)  # noqa: RUF005
+    return rows
+
+
+@triton.jit
+def _store_rows(x, rows, row, stride, channel, within, width, length, CHUNK: tl.constexpr):
+    """Store a chunk's rows, those of tokens beyond the end excepted."""
+    for index in tl.static_range(CHUNK):
+        inside = within < tl.where(row + index < length, width, 0)
+        tl.store(x + (row + index).to(tl.int64) * stride + channel, rows[index], mask=inside)
+
+
+@triton.jit
+def _weights_of(
+    weights, batch, row, strides, group, state, channel, channels, valid, left, CONSTANT: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """One state's weight for each of a chunk's tokens, of which there are ``left``: a number, or a row where constant."""
+    found = ()
+    if CONSTANT:
+        row_of_all = tl.load(weights + state * channels + channel, mask=valid, other=0.0)
+        for _ in tl.static_range(CHUNK):
+            found = found + (row_of_all,)  # noqa: RUF005
+    else:
+        batch_stride, row_stride, group_stride = strides
+        weights += batch * batch_stride + row.to(tl.int64) * row_stride + group * group_stride + state
+        for index in tl.static_range(CHUNK):
+            found = found + (tl.load(weights + index * row_stride, mask=index < left, other=0.0),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _emit(products, parts, per_token, line, states, valid, left, CONSTANT: tl.constexpr, CHUNK: tl.constexpr):
+    """Store a chunk's part of the gradient of one state's weights: a number a token, or summed to a row where constant."""
+    if CONSTANT:
+        summed = products[0]
+        for index in tl.static_range(1, CHUNK):
+            summed += products[index]
+        tl.store(parts + line, summed, mask=valid)
+    else:
+        for index in tl.static_range(CHUNK):
+            tl.store(parts + per_token + index * states, tl.sum(products[index]), mask=index < left)
+
+
+@triton.jit
 def _gradients(
     x, dt, dy, rates, weights, readers, starts, ends, dx, ddt, dweights, dreaders,
     x_batch, x_row, dt_batch, dt_row, dy_batch, dy_row,
@@ -123,70 +172,40 @@ def _gradients(
     """
     batch, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     channel, within, group = _channels(blocks, width, BLOCK)
-    valid = within < width
-    row = chunk * CHUNK
-    dts, xs, dys, dxs, ddts = (), (), (), (), ()
-    for index in tl.static_range(CHUNK):
-        token = (row + index).to(tl.int64)
-        inside = within < tl.where(token < length, width, 0)
-        xs = xs + (tl.load(x + batch * x_batch + token * x_row + channel, mask=inside, other=0.0),)  # noqa: RUF005
-        dts = dts + (tl.load(dt + batch * dt_batch + token * dt_row + channel, mask=inside, other=0.0),)  # noqa: RUF005
-        dys = dys + (tl.load(dy + batch * dy_batch + token * dy_row + channel, mask=inside, other=0.0),)  # noqa: RUF005
-        dxs = dxs + (tl.zeros([BLOCK], tl.float32),)  # noqa: RUF005
-        ddts = ddts + (tl.zeros([BLOCK], tl.float32),)  # noqa: RUF005
-    weights += batch * weights_batch + row.to(tl.int64) * weights_row + group * weights_group
-    readers += batch * readers_batch + row.to(tl.int64) * readers_row + group * readers_group
-    per_token = ((batch * tl.num_programs(1) + tl.program_id(1)) * length + row) * states
+    valid, row, left = within < width, chunk * CHUNK, length - chunk * CHUNK
+    xs = _rows(x + batch * x_batch, row, x_row, channel, within, width, length, CHUNK)
+    dts = _rows(dt + batch * dt_batch, row, dt_row, channel, within, width, length, CHUNK)
+    dys = _rows(dy + batch * dy_batch, row, dy_row, channel, within, width, length, CHUNK)
+    dxs, ddts = (), ()
+    for _ in tl.static_range(CHUNK):
+        dxs, ddts = dxs + (tl.zeros([BLOCK], tl.float32),), ddts + (tl.zeros([BLOCK], tl.float32),)  # noqa: RUF005
+    strides = (weights_batch, weights_row, weights_group), (readers_batch, readers_row, readers_group)
     for state in range(states):
-        line = tl.program_id(0).to(tl.int64) * states * channels + state * channels + channel
+        line = (tl.program_id(0).to(tl.int64) * states + state) * channels + channel
+        per_token = ((batch * tl.num_programs(1) + tl.program_id(1)) * length + row) * states + state
         rate = tl.load(rates + state * channels + channel, mask=valid, other=0.0)
         h = tl.load(starts + ((batch * room + chunk) * states + state) * channels + channel, mask=valid, other=0.0)
         m = tl.load(ends + line, mask=valid, other=0.0)
-        if CONSTANT_WEIGHTS:
-            weight = tl.load(weights + state * channels + channel, mask=valid, other=0.0)
-        if CONSTANT_READERS:
-            reader = tl.load(readers + state * channels + channel, mask=valid, other=0.0)
-        befores, decays = (), ()
-        summed = tl.zeros([BLOCK], tl.float32)
+        bs = _weights_of(weights, batch, row, strides[0], group, state, channel, channels, valid, left, CONSTANT_WEIGHTS, CHUNK)
+        cs = _weights_of(readers, batch, row, strides[1], group, state, channel, channels, valid, left, CONSTANT_READERS, CHUNK)
+        befores, decays, products = (), (), ()
         for index in tl.static_range(CHUNK):
-            there = row + index < length
-            decay = tl.exp(dts[index] * rate)
-            if not CONSTANT_WEIGHTS:
-                weight = tl.load(weights + index * weights_row + state, mask=there, other=0.0)
-            befores, decays = befores + (h,), decays + (decay,)  # noqa: RUF005
-            h = decay * h + xs[index] * weight
-            if CONSTANT_READERS:
-                summed += h * dys[index]
-            else:
-                tl.store(dreaders + per_token + index * states + state, tl.sum(h * dys[index]), mask=there)
-        if CONSTANT_READERS:
-            tl.store(dreaders + line, summed, mask=valid)
-        new_dxs, new_ddts = (), ()
-        drate = tl.zeros([BLOCK], tl.float32)
-        summed = tl.zeros([BLOCK], tl.float32)
+            befores, decays = befores + (h,), decays + (tl.exp(dts[index] * rate),)  # noqa: RUF005
+            h = decays[index] * h + xs[index] * bs[index]
+            products = products + (h * dys[index],)  # noqa: RUF005
+        _emit(products, dreaders, per_token, line, states, valid, left, CONSTANT_READERS, CHUNK)
+        new_dxs, new_ddts, products, drate = (), (), (), tl.zeros([BLOCK], tl.float32)
         for index in tl.static_range(CHUNK - 1, -1, -1):
-            there = row + index < length
-            if not CONSTANT_READERS:
-                reader = tl.load(readers + index * readers_row + state, mask=there, other=0.0)
-            if not CONSTANT_WEIGHTS:
-                weight = tl.load(weights + index * weights_row + state, mask=there, other=0.0)
-            adjoint = m + reader * dys[index]
-            if CONSTANT_WEIGHTS:
-                summed += adjoint * xs[index]
-            else:
-                tl.store(dweights + per_token + index * states + state, tl.sum(adjoint * xs[index]), mask=there)
+            adjoint = m + cs[index] * dys[index]
             m = decays[index] * adjoint
             exponent = m * befores[index]
             drate += exponent * dts[index]
-            new_dxs = (dxs[index] + adjoint * weight,) + new_dxs  # noqa: RUF005
+            products = (adjoint * xs[index],) + products  # noqa: RUF005
+            new_dxs = (dxs[index] + adjoint * bs[index],) + new_dxs  # noqa: RUF005
             new_ddts = (ddts[index] + exponent * rate,) + new_ddts  # noqa: RUF005
+        _emit(products, dweights, per_token, line, states, valid, left, CONSTANT_WEIGHTS, CHUNK)
         dxs, ddts = new_dxs, new_ddts
-        if CONSTANT_WEIGHTS:
-            tl.store(dweights + line, summed, mask=valid)
         tl.store(ends + line, drate, mask=valid)
-    for index in tl.static_range(CHUNK):
-        token = (row + index).to(tl.int64)
-        place = (batch * length + token) * channels + channel
-        inside = within < tl.where(token < length, width, 0)
-        tl.store(dx + place, dxs[index], mask=inside)
-        tl.store(ddt + place, ddts[index], mask=inside)
+    first = batch * length * channels
+    _store_rows(dx + first, dxs, row, channels, channel, within, width, length, CHUNK)
+    _store_rows(ddt + first, ddts, row, channels, channel, within, width, length, CHUNK)

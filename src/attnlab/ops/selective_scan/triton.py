@@ -19,8 +19,8 @@ from attnlab.ops.triton_launch import on_device, packed, power_of_two, segment_l
 CHUNK = 16
 """Tokens whose states backward holds in registers."""
 
-LANES = 32
-"""Channels of a program, one a thread."""
+WALKERS, LANES = 32, 64
+"""Channels of a program that walks, and of one that computes gradients: what channels share is summed over them first."""
 
 SHORTEST = 64
 """Tokens of the shortest segment: its state is as large as the inputs of 16 tokens with 16 states."""
@@ -65,11 +65,11 @@ class Cut(NamedTuple):
     blocks: int
 
     @classmethod
-    def of(cls, channels: int, B: Float[Tensor, "..."], C: Float[Tensor, "..."]) -> Cut:
-        """Blocks of which each is in one group."""
+    def of(cls, channels: int, B: Float[Tensor, "..."], C: Float[Tensor, "..."], most: int) -> Cut:
+        """Blocks of at most so many channels, each in one group."""
         groups = next((weights.shape[2] for weights in (B, C) if weights.ndim == 4), 1)
         width = channels // groups
-        size = min(LANES, power_of_two(width))
+        size = min(most, power_of_two(width))
         return cls(groups, width, size, -(-width // size))
 
 
@@ -95,7 +95,7 @@ class Pass(NamedTuple):
         y: Float[Tensor, "b n e"] | None = None,
         kept: Float[Tensor, "b room s e"] | None = None,
     ) -> Float[Tensor, "b s e"]:
-        """The state after all tokens, from ``first``; what ``readers`` read goes to ``y``, the states before chunks to ``kept``."""
+        """The state at the end, from ``first``; what ``readers`` read goes to ``y``, the states before chunks to ``kept``."""
         (batch, length, channels), states = self.x.shape, len(self.rates)
         parallel = batch * self.cut.groups * self.cut.blocks
         span = segment_length(self.x, length, parallel, CHUNK, programs=16, shortest=SHORTEST)
@@ -181,7 +181,7 @@ def _forward(
         starts[:, -(-x.shape[1] // CHUNK) :] = 0
     y = x.new_empty(x.shape)
     with on_device(x):
-        scanned = Pass(x, dt, _states_first(A), Weights.of(B), Cut.of(A.shape[0], B, C), reverse=False)
+        scanned = Pass(x, dt, _states_first(A), Weights.of(B), Cut.of(A.shape[0], B, C, WALKERS), reverse=False)
         last = scanned.run(_states_first(initial_state), Weights.of(C), y, starts if keep else None)
     return y, last.mT.contiguous(), starts
 
@@ -217,7 +217,7 @@ def _backward(
     """The gradients of x, dt, A, B, C and the initial state."""
     x, dt, dy = packed(x), packed(dt), packed(dy)
     (batch, length, channels), states, chunks = x.shape, A.shape[1], -(-x.shape[1] // CHUNK)
-    rates, weights, readers, cut = _states_first(A), Weights.of(B), Weights.of(C), Cut.of(channels, B, C)
+    rates, weights, readers, cut = _states_first(A), Weights.of(B), Weights.of(C), Cut.of(channels, B, C, LANES)
     ends = x.new_empty(batch, chunks, states, channels)
     dx, ddt = x.new_empty(x.shape), x.new_empty(x.shape)
     parts = [
@@ -225,7 +225,8 @@ def _backward(
         for w in (weights, readers)
     ]
     with on_device(x):
-        dstate = Pass(dy, dt, rates, readers, cut, reverse=True).run(_states_first(dlast), kept=ends)
+        back = Pass(dy, dt, rates, readers, Cut.of(channels, B, C, WALKERS), reverse=True)
+        dstate = back.run(_states_first(dlast), kept=ends)
         kernels._gradients[(batch * chunks, cut.groups * cut.blocks)](
             x,
             dt,
