@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attnlab import check, create_mixer
-from attnlab.mixers.parts.dense_recurrence import dense_recurrence
+from attnlab.mixers.parts.linear_recurrence import linear_recurrence
 from attnlab.mixers.parts.morphology import Morphology
 from mixers.definition import assert_defined_by, build, tokens
 
@@ -85,7 +85,7 @@ def test_the_recurrence_token_by_token() -> None:
         for token in u.unbind(1):
             state = state @ transition.mT + token
             states.append(state)
-        ours, theirs = dense_recurrence(u, transition), torch.stack(states, 1)
+        ours, theirs = linear_recurrence(u, transition), torch.stack(states, 1)
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
         pair = [torch.autograd.grad(y.sin().sum(), transition)[0] for y in (ours, theirs)]
         torch.testing.assert_close(*pair, rtol=1e-10, atol=1e-12)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Inexact
 from torch import Tensor, nn
 
 from attnlab.core.dynamics import Dynamics
+from attnlab.mixers.parts.conjugate_pairs import as_complex, pair_dynamics
 from attnlab.ops.backends import accumulate_dtype
 from attnlab.ops.selective_scan import selective_scan
 
@@ -163,21 +164,14 @@ class SelectiveSSM(nn.Module):
         steps = delta.transpose(1, 2).unsqueeze(-1)
         decay, write, read = (steps * self.rates.unsqueeze(1)).exp(), steps * self._per_channel(B), self._per_channel(C)
         skip = None if self.D is None else self.D[:, None].expand(steps.shape[:3])
-        if not self.complex_states:
-            return Dynamics(decay, write, read.expand_as(write), skip)
-        turn = torch.stack((torch.view_as_real(decay), torch.view_as_real(1j * decay)), -1)
-        dense = torch.einsum("...sij,sr->...sirj", turn, torch.eye(self.state_dim, device=x.device, dtype=turn.dtype))
-        write = torch.view_as_real(write).flatten(-2)
-        read = torch.view_as_real(2 * read.conj_physical()).flatten(-2).expand_as(write)
-        return Dynamics(dense.flatten(-4, -3).flatten(-2), write, read, skip)
+        make = pair_dynamics if self.complex_states else Dynamics
+        return make(decay, write, read.expand_as(write), skip)
 
     def _weights(self, projected: Tensor | None, constant: Tensor | None) -> Inexact[Tensor, "..."]:
         """One of B and C in a layout of the scan, complex from neighbouring pairs."""
         raw = cast("Tensor", projected if constant is None else constant)
         if self.complex_states:
-            raw = raw.to(accumulate_dtype(raw.dtype))
-            pairs = raw.unflatten(-1, (-1, 2)) if constant is None else raw
-            raw = torch.complex(pairs[..., 0], pairs[..., 1])
+            raw = as_complex(raw.unflatten(-1, (-1, 2)) if constant is None else raw)
         return raw if constant is not None or self.groups == 1 else raw.unflatten(-1, (self.groups, -1))
 
     def _per_channel(self, weights: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from attnlab.core.contract import Mixer
 from attnlab.core.grid import Grid, from_grid, to_grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks, zero_masked
-from attnlab.mixers.parts.dense_recurrence import dense_recurrence
+from attnlab.mixers.parts.linear_recurrence import linear_recurrence
 from attnlab.mixers.parts.morphology import Morphology
 from attnlab.ops.attention import attention
 
@@ -138,9 +138,9 @@ class MorpMamba(Mixer):
         heads = rearrange(attention(q, k, v, key_mask=mask), "b h n d -> b n (h d)")
         inputs = self.write(heads) + self.transition.bias
         if mask is None:
-            return dense_recurrence(inputs, self.transition.weight)
+            return linear_recurrence(inputs, self.transition.weight)
         order = (~mask).long().argsort(dim=1, stable=True).unsqueeze(-1).expand_as(inputs)  # real cells side by side, in front
-        states = dense_recurrence(inputs.gather(1, order), self.transition.weight)
+        states = linear_recurrence(inputs.gather(1, order), self.transition.weight)
         return torch.zeros_like(states).scatter(1, order, states)
 
     def _maps(self, x: Tensor, mask: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
