@@ -25,6 +25,7 @@ from attnlab.parallel import (
 from attnlab.parallel.packing import Kind, pack, unpack
 from attnlab.parallel.shards import even_lengths
 from attnlab.parallel.simulation import SimulatedRanks
+from golden.recording import FOLDER, load
 
 DIM, HEADS = 8, 2
 PROVES = pytest.mark.tier("T2", "parallelism:sequence_parallel")
@@ -113,6 +114,22 @@ def test_values_and_gradients_are_those_of_lasp2(lengths) -> None:
     by_hand = backward_of_the_paper(q, k, v, of_mixed, lengths)
     wanted = sum(grad.transpose(1, 2).flatten(2) @ weight for grad, weight in zip(by_hand, weights, strict=True))
     torch.testing.assert_close(of_x, wanted, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize(("decay", "key"), [("none", "out/o_no_decay"), ("alibi", "out/o_decay")])
+def test_operators_are_those_that_the_authors_of_lightning_attention_recorded(decay, key) -> None:
+    recording = load("lightning-attention-2", FOLDER / "lightning-attention-2" / "open.npz")
+    n, width = recording["in/q"].shape[2], recording["in/q"].shape[1] * recording["in/q"].shape[3]
+    assert n == width, "tokens are unit vectors, so that projections can be what was recorded"
+    for example, expected in enumerate(recording[key]):
+        mixer = create_mixer("lightning", width, num_heads=len(expected), decay=decay, dtype=torch.float64)
+        flat = [recording[f"in/{name}"][example].transpose(0, 1).flatten(1) for name in ("q", "k", "v")]
+        mixer.in_proj.weight.data = torch.cat([t.T for t in flat])
+        with attnlab.record(mixer, only=["mixed"]) as tape:
+            simulate(mixer, torch.eye(n, dtype=torch.float64)[None].split([10, 1, 15, 6], 1))
+        mixed = torch.cat(tape.items["mixed"], 2)[0]
+        bound = 8 * recording.rounding[key] * float(expected.abs().max())
+        torch.testing.assert_close(mixed, expected, rtol=0.0, atol=bound)
 
 
 @PROVES

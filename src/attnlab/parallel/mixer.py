@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attnlab.core.catalog import alternatives
 from attnlab.core.contract import Mixer
 from attnlab.core.errors import UnsupportedError
-from attnlab.core.masks import zero_masked
+from attnlab.core.masks import Masks, zero_masked
 from attnlab.core.state import Before, State
 from attnlab.core.streaming import StreamingMixer
 from attnlab.parallel.layout import Layout, checksum, compare, current_layout, describe, find_layout
@@ -24,7 +24,7 @@ from attnlab.positions import Position
 
 
 class SequenceParallel(nn.Module):
-    r"""A mixer over a sequence split among ranks, with one all-gather of summaries a pass (Sun et al. 2025, LASP-2, section 3).
+    r"""A mixer over a sequence split among ranks, with one all-gather of summaries a pass (Sun et al. 2025, LASP-2).
 
     Rank t holds the tokens $X_t$ of the sequence $X_1, \dots, X_W$. What a piece does to the state is an element $M_t$ of a
     monoid, whatever the state before it. All ranks exchange these at once and each goes on from those before its own,
@@ -33,8 +33,8 @@ class SequenceParallel(nn.Module):
       O_t = \mathrm{advance}(X_t \mid M_1 \circ \dots \circ M_{t-1})$$
 
     or, not causal, from all others'. For linear attention $M_t = K_t^\top V_t$, of size d x d a head whatever the length, and
-    $\circ$ adds: LASP-2 with its equations 3 to 9. A decay, a delta rule or a selective scan send the factor beside, which they
-    leave of an earlier state. For softmax attention $M_t = (K_t, V_t)$ and $\circ$ puts one behind the other: LASP-2H.
+    $\circ$ adds: LASP-2 (arXiv 2502.07563). A decay, a delta rule or a selective scan send the factor beside that they leave of
+    an earlier state. For softmax attention $M_t = (K_t, V_t)$ and $\circ$ puts one behind the other: LASP-2H.
 
     A call makes these collectives: a header of a hundred bytes (lengths, and whether the ranks agree); the counts of real
     tokens where there are masks; the last few tokens of each piece where a short convolution looks back on them; the shapes of
@@ -55,8 +55,8 @@ class SequenceParallel(nn.Module):
         UnsupportedError: for a mixer that cannot sum up pieces, or not without causality.
 
     Differs from the paper: backward sends each rank what it needs, where the paper gathers all $dM_t$ everywhere, with as many
-    bytes; communication and the work within a rank are not overlapped; pieces may have different lengths, and padding; decays
-    that depend on the token are the "extension" of which the paper has none.
+    bytes; communication and the work within a rank are not overlapped; pieces may have different lengths, and padding; what
+    forgets (decays, delta rules, selective scans) is an extension.
     """
 
     def __init__(self, mixer: Mixer, ranks: Ranks) -> None:
@@ -160,6 +160,14 @@ def _goes_on_from_later(mixer: StreamingMixer) -> bool:
         return True
     modes = [(module, module.training) for module in mixer.modules()]
     mixer.eval()
+    try:
+        return _two_pieces_are_the_whole(mixer, weight)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _two_pieces_are_the_whole(mixer: StreamingMixer, weight: Tensor) -> bool:
     x = torch.arange(5.0 * mixer.dim).sin().reshape(1, 5, mixer.dim).to(weight)
     first, second = x.split([2, 3], dim=1)
     nothing, two = x[:, :0], torch.full((1,), 2, device=x.device)
@@ -167,10 +175,8 @@ def _goes_on_from_later(mixer: StreamingMixer) -> bool:
     sums = [mixer.digest(piece, opening, mask=None) for piece, opening in zip((first, second), openings, strict=True)]
     after = [mixer.combine(opening, later) for opening, later in zip(openings, reversed(sums), strict=True)]
     parts = [mixer.advance(piece, state, mask=None)[0] for piece, state in zip((first, second), after, strict=True)]
-    whole = mixer(x)
-    for module, mode in modes:
-        module.training = mode
-    return torch.allclose(torch.cat(parts, 1), whole, rtol=0.0, atol=1e-2 * float(whole.abs().max()))
+    whole = mixer.mix(x, None, Masks(), (5,))
+    return torch.allclose(torch.cat(parts, 1), whole, rtol=0.0, atol=5e-2 * float(whole.abs().max()))
 
 
 def mix_piece(
