@@ -18,10 +18,11 @@ from attnlab.core.masks import Masks
 from attnlab.core.state import State
 from attnlab.mixers.parts.conjugate_pairs import as_complex, pair_dynamics
 from attnlab.mixers.recurrent.time_invariant import DISCRETIZATIONS, TimeInvariantSSM, discretized, initial_steps
-from attnlab.ops.selective_scan import selective_scan
 from attnlab.ops.toeplitz import toeplitz_matmul
 
 INITIAL_RATES = ("lin", "inv", "real")
+Powers = tuple[Complex[Tensor, "c p s"], Complex[Tensor, "c p s"]]
+"""What p tokens leave of a state, and p times about sqrt(n) tokens: the powers up to n are products of one of each."""
 
 
 @mixers.register(
@@ -42,8 +43,9 @@ class S4D(TimeInvariantSSM):
       y = \mathrm{GLU}(W\, \mathrm{GELU}(v) + b)$$
 
     A whole sequence is a convolution, $v = K * u + D u$ with $K_l = 2\,\mathrm{Re} \sum_n C_n \bar B_n \bar A_n^l$, by Fourier
-    transform: time O(c n (N + log n)), memory O(c n). A piece of a stream is scanned from the states ``ssm`` (b, c, N, 2), in
-    time O(n c N). Mixing matrix and dynamics have c "heads", the channels, with D on the diagonal; values are the inputs.
+    transform: time O(c n (N + log n)), memory O(c (n + sqrt(n) N)); so is a piece of a stream, which goes on from the states
+    ``ssm`` (b, c, N, 2), and a single token is a step of the recurrence. Mixing matrix and dynamics have c "heads", the channels,
+    with D on the diagonal; values are the inputs.
 
     A masked token is an input of 0, and takes a step: the states decay over it.
 
@@ -105,14 +107,8 @@ class S4D(TimeInvariantSSM):
         return discretized(rates, self.log_step.exp().to(rates.real.dtype), self.discretization)
 
     def kernel(self, n: int) -> Float[Tensor, "c n"]:
-        """K, without D, in float64: powers of the states are products of those within and between pieces of sqrt(n)."""
-        log_decay, write = (t.to(torch.complex128) for t in self.discrete())
-        side = math.isqrt(n - 1) + 1
-        steps = torch.arange(side, device=log_decay.device, dtype=torch.float64)[:, None]
-        within = (steps * log_decay.unsqueeze(1)).exp()
-        between = as_complex(self.C.double()).mul(write).unsqueeze(1) * (side * steps * log_decay.unsqueeze(1)).exp()
-        real = torch.cat((between.real, -between.imag), -1) @ torch.cat((within.real, within.imag), -1).mT
-        return 2 * real.flatten(1)[:, :n]
+        """K, without D, in float64."""
+        return self._kernel(self._powers(n), n)
 
     def mix(
         self,
@@ -122,19 +118,24 @@ class S4D(TimeInvariantSSM):
         grid: Grid,
     ) -> Float[Tensor, "b n c"]:
         """A whole sequence: the convolution."""
-        n, u = x.shape[1], x.transpose(1, 2).unsqueeze(-1)
-        table = F.pad(self.kernel(n).flip(-1), (0, n - 1))
-        v = toeplitz_matmul(table, u.double(), causal=True).squeeze(-1).mT.to(x.dtype)
-        return self._finish(x, v + self.D * x)
+        return self._finish(x, self._convolve(x, self._powers(x.shape[1])).to(x.dtype) + self.D * x)
 
     def advance(
         self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None
     ) -> tuple[Float[Tensor, "b n c"], State]:
-        """A piece: the recurrence from the states on."""
+        """A token: a step of the recurrence. More: the convolution, what is left of the states, and what is left behind."""
+        n = x.shape[1]
         log_decay, write = self.discrete()
-        before = as_complex(state["ssm"])
-        v, after = selective_scan(x, torch.ones_like(x), log_decay, write, as_complex(self.C), D=self.D, initial_state=before)
-        return self._finish(x, v), state.replace(ssm=torch.view_as_real(after))
+        before, read = as_complex(state["ssm"]), as_complex(self.C)
+        if n == 1:
+            after = log_decay.exp() * before + write * x.transpose(1, 2)
+            v = 2 * (read * after).sum(-1).real.unsqueeze(1)
+        else:
+            powers = self._powers(n)
+            v = self._convolve(x, powers) + _response(read * before * log_decay.exp(), powers, n).mT
+            after = (log_decay * n).exp() * before + write * _gathered(x, powers)
+        v = v.to(x.dtype) + self.D * x
+        return self._finish(x, v), state.replace(ssm=torch.view_as_real(after.to(before.dtype)))
 
     def matrix(
         self,
@@ -167,3 +168,33 @@ class S4D(TimeInvariantSSM):
         self.emit("mixed", lambda: v.transpose(1, 2).unsqueeze(-1))
         y = self.out_proj(F.gelu(v))
         return F.glu(y, dim=-1) if self.glu else y
+
+    def _powers(self, n: int) -> Powers:
+        side = math.isqrt(n - 1) + 1
+        log_decay = self.discrete()[0].to(torch.complex128).unsqueeze(1)
+        steps = torch.arange(side, device=log_decay.device, dtype=torch.float64)[:, None]
+        return (steps * log_decay).exp(), (side * steps * log_decay).exp()
+
+    def _kernel(self, powers: Powers, n: int) -> Float[Tensor, "c n"]:
+        return _response(as_complex(self.C.double()) * self.discrete()[1], powers, n)
+
+    def _convolve(self, x: Float[Tensor, "b n c"], powers: Powers) -> Float[Tensor, "b n c"]:
+        n = x.shape[1]
+        table = F.pad(self._kernel(powers, n).flip(-1), (0, n - 1))
+        return toeplitz_matmul(table, x.double().transpose(1, 2).unsqueeze(-1), causal=True).squeeze(-1).mT
+
+
+def _response(weights: Complex[Tensor, "*b c s"], powers: Powers, n: int) -> Float[Tensor, "*b c n"]:
+    r"""$2\,\mathrm{Re} \sum_s w_s \bar A_s^l$ for l = 0..n-1, without the powers of all l in memory."""
+    within, between = powers
+    left = weights.unsqueeze(-2) * between
+    return 2 * (torch.cat((left.real, -left.imag), -1) @ torch.cat((within.real, within.imag), -1).mT).flatten(-2)[..., :n]
+
+
+def _gathered(x: Float[Tensor, "b n c"], powers: Powers) -> Complex[Tensor, "b c s"]:
+    r"""$\sum_j \bar A^{n-1-j} x_j$, likewise."""
+    within, between = powers
+    side = within.shape[1]
+    latest = F.pad(x.double().flip(1), (0, 0, 0, side * side - x.shape[1])).transpose(1, 2).unflatten(-1, (side, side))
+    parts = latest @ torch.cat((within.real, within.imag), -1)
+    return (as_complex(torch.stack(parts.chunk(2, -1), -1)) * between).sum(-2)
