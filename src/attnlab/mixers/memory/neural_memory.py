@@ -76,6 +76,9 @@ class NeuralMemory(nn.Module):
     $$\alpha_t = \sigma(w_\alpha^\top x_t + b_\alpha), \qquad \eta_t = \sigma(w_\eta^\top x_t + b_\eta), \qquad
     \theta_t = \theta_{\max}\, \sigma(w_\theta^\top x_t + b_\theta) .$$
 
+    No weights at all are a fixed point of two or more layers, whose gradients contain one another: where more is forgotten than
+    written such a memory fades and does not come back, so alpha begins near 0.
+
     State: ``memory.l``, ``momentum.l`` and ``anchor.l`` (b, h, in, out) a layer l in float32 or wider, ``place`` (b,), and the
     windows of the convolutions.
 
@@ -134,8 +137,8 @@ class NeuralMemory(nn.Module):
         self.q = ConvolvedProjection(dim, num_heads, conv_size, normalize=True, **place)
         self.k = ConvolvedProjection(dim, num_heads, conv_size, normalize=True, **place)
         self.v = ConvolvedProjection(dim, num_heads, conv_size, normalize=False, **place)
-        # At first little is forgotten, half of the surprise is kept, and steps are small.
-        starts = {"theta": 0.1, **({"alpha": 0.01} if forgetting else {}), **({"eta": 0.5} if momentum else {})}
+        # At first hardly anything is forgotten, half of the surprise is kept, and a chunk's steps add up to less than one.
+        starts = {"theta": 0.25, **({"alpha": 3e-4} if forgetting else {}), **({"eta": 0.5} if momentum else {})}
         self.gates = nn.ModuleDict({name: nn.Linear(dim, num_heads, **place) for name in starts})
         for name, start in starts.items():
             nn.init.constant_(self.gates[name].bias, math.log(start / (1.0 - start)))  # type: ignore[arg-type]
