@@ -142,7 +142,7 @@ def bytes_of_linear_layers_do_not_grow() -> None:
             require(collectives == (1, 1), f"{name}: expected one gather each way, got {collectives}")
     for name in ("lightning", "delta_net"):
         require(sent[name, 16] == sent[name, 64], f"{name}: {sent}")
-    require(all(after > 3.5 * before for before, after in zip(sent["softmax", 16], sent["softmax", 64], strict=True)), f"{sent}")
+    require(all(after > 3.0 * before for before, after in zip(sent["softmax", 16], sent["softmax", 64], strict=True)), f"{sent}")
 
 
 def ranks_without_loss_or_gradient_do_not_hang() -> None:
