@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from attnlab import create_mixer
@@ -11,14 +12,17 @@ from golden.recording import Recording, fill, renamed
 PROVES = ("mixer:mamba",)
 
 
-def _tokens_first(x: Tensor) -> Tensor:
+def _tokens_first(x: Tensor, *, pairs: bool = False) -> Tensor:
+    if pairs and x.dim() > 2 and not x.is_complex():  # real and imaginary parts beside each other along the tokens
+        x = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     return x.transpose(-1, -2) if x.dim() == 3 else x.permute(0, 3, 1, 2) if x.dim() == 4 else x
 
 
 def _scan(recording: Recording, config: dict) -> dict[str, Tensor]:
     given = {name: recording.get(f"in/scan_{name}") for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")}
     leaves = {name: value.clone().requires_grad_() for name, value in given.items() if value is not None}
-    by_token = {name: _tokens_first(leaf) for name, leaf in leaves.items()}
+    pairs = leaves["A"].is_complex()
+    by_token = {name: _tokens_first(leaf, pairs=pairs and name in ("B", "C")) for name, leaf in leaves.items()}
     y, state = selective_scan(**by_token, delta_softplus=config.get("delta_softplus", False))
     y = y.transpose(1, 2)
     results = {"out/scan_y": y, "out/scan_last_state": state}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -93,7 +93,8 @@ class MultiScan(StreamingMixer):
         if in_order and not bidirectional and not causal:
             raise ValueError("bidirectional: a single path in the order of the tokens is causal; build it with causal=True")
         place: dict[str, Any] = {"device": device, "dtype": dtype}
-        options = {"causal": _causal_form(mixer), **place, **(mixer_options or {})}
+        _demand_causal_form(mixer)
+        options = {"causal": True, **place, **(mixer_options or {})}
         scans = [create_mixer(mixer, dim, num_heads, **options) for _ in range(1 if shared else count)]
         self._promises = _promises(scans[0], range(1 if bidirectional or in_order else 2, rank + 1), in_order=in_order)
         super().__init__(dim, num_heads, causal=causal)
@@ -156,7 +157,7 @@ class MultiScan(StreamingMixer):
     def _only(self) -> StreamingMixer:
         return cast("StreamingMixer", self.scans[0])
 
-    def _along(self, paths: Sequence[Path], x: Tensor, mask: Tensor | None, run: Any) -> list[Tensor]:
+    def _along(self, paths: Sequence[Path], x: Tensor, mask: Tensor | None, run: Callable[..., Tensor]) -> list[Tensor]:
         """What ``run`` gives for each path; paths of shared weights are one batch."""
         tokens = [visit(x, path) for path in paths]
         real = [None if mask is None else visit(mask, path) for path in paths]
@@ -190,11 +191,10 @@ class MultiScan(StreamingMixer):
         return torch.cat([part.index_select(2, inverse(path)) for part, path in zip(parts, paths, strict=True)], 1)
 
 
-def _causal_form(mixer: str) -> bool:
+def _demand_causal_form(mixer: str) -> None:
     have = mixer_info(mixer).supports
     if have.causal == "no" or 1 not in have.grid:
         raise ValueError(f"mixer: expected one with a causal form on sequences, such as 'mamba' or 'delta_net', got {mixer!r}")
-    return True
 
 
 def _promises(scan: Mixer, ranks: Iterable[int], *, in_order: bool) -> Supports:
