@@ -26,6 +26,7 @@ FLOORS = (
     {"training"},
     {"pretrained", "parallel"},
     {"compare", "papers", "inspect", "checking"},
+    {"claims"},
     {"cli"},
 )
 # Rooms divided into packages that do not import each other. The room's own modules serve all of them, and so do the packages

@@ -22,6 +22,7 @@ COMMANDS = {
     "bench": "attnlab.cli.bench:bench",
     "report": "attnlab.cli.report:report",
     "papers": "attnlab.cli.papers:papers_command",
+    "claims": "attnlab.cli.claims:claims_command",
 }
 """Name of each command and the function that it is, in the order of the help."""
 
