@@ -114,14 +114,18 @@ class SelectiveSSM(nn.Module):
     def coefficients(
         self, x: Float[Tensor, "b n e"], mask: Bool[Tensor, "b n"] | None
     ) -> tuple[Float[Tensor, "b n e"], Inexact[Tensor, "..."], Inexact[Tensor, "..."]]:
-        """Delta, B and C as `selective_scan` takes them; a masked token has step 0, so it neither writes nor decays."""
+        """Delta, in no less than float32, B and C as `selective_scan` takes them.
+
+        A masked token has step 0, so that it neither writes nor decays.
+        """
         found: dict[str, Tensor] = {}
         if self.x_proj is not None:
             found = dict(zip(self.sizes, self.x_proj(x).split(list(self.sizes.values()), dim=-1), strict=True))
+        sums = accumulate_dtype(x.dtype)  # in bfloat16 the bias alone would cost small steps a hundredth of their size
         if self.dt_proj is not None:
-            delta = F.softplus(self.dt_proj(found["delta"]))
+            delta = F.softplus(F.linear(found["delta"], self.dt_proj.weight).to(sums) + self.dt_proj.bias)
         else:
-            delta = F.softplus(self.dt_bias.to(x.dtype)).expand_as(x)  # type: ignore[union-attr]
+            delta = F.softplus(cast("Tensor", self.dt_bias).to(sums)).expand_as(x)
         if mask is not None:
             delta = delta.masked_fill(~mask.unsqueeze(-1), 0.0)
         return delta, self._weights(found.get("B"), self.B), self._weights(found.get("C"), self.C)
