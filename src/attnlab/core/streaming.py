@@ -64,8 +64,12 @@ class StreamingMixer(Mixer):
         if not self.supports.streaming:
             return super().extend(x, state, mask=mask)
         self._demand_causal()
-        self._check_state(state, x)
+        if not isinstance(state, State):
+            raise TypeError(f"state: expected attnlab.State as init_state returns it, got {type(state).__name__}")
         self._validate(x, None, mask, None, None, None)
+        size = next(iter(state.values())).shape[0]
+        if size != x.shape[0]:
+            raise ValueError(f"state: expected batch size {x.shape[0]} as in x, got {size}")
         y, state = self.advance(zero_masked(x, mask), state, mask=mask)
         return zero_masked(y, mask), state
 
@@ -146,11 +150,3 @@ class StreamingMixer(Mixer):
             raise self._refusal(
                 "streaming with causal=False", "earlier outputs would depend on later tokens; build it with causal=True"
             )
-
-    @staticmethod
-    def _check_state(state: State, x: Tensor) -> None:
-        if not isinstance(state, State):
-            raise TypeError(f"state: expected attnlab.State as init_state returns it, got {type(state).__name__}")
-        size = next(iter(state.values())).shape[0]
-        if x.dim() == 3 and size != x.shape[0]:
-            raise ValueError(f"state: expected batch size {x.shape[0]} as in x, got {size}")
