@@ -2,9 +2,9 @@
 
     python scripts/gpu/time_recurrences.py --out timings.json
 
-For every operator, length and width: milliseconds and tokens a second, forward and with backward, of the Triton and the eager
-backend, the share of the measured copy bandwidth that the fewest possible bytes would take in that time, and of PyTorch's
-causal attention in bfloat16 at the same sizes.
+For every operator, length and width, forward and with backward: milliseconds of the Triton and the eager backend as called from
+Python, of the GPU's work alone, the share of it that copying the fewest possible bytes would take, and the same of PyTorch's
+causal attention in bfloat16 at these sizes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HEAD, STATES, EXPANSION = 64, 16, 2
 DEVICE = "cuda"
 
 
-def milliseconds(run: Callable[[], object], seconds: float = 0.15) -> float:
+def milliseconds(run: Callable[[], object], seconds: float = 0.1) -> float:
     """The median of repeated runs, timed by the GPU's own clock, after a warm-up."""
     run()
     torch.cuda.synchronize()
@@ -44,6 +44,20 @@ def milliseconds(run: Callable[[], object], seconds: float = 0.15) -> float:
         stop.record()
     torch.cuda.synchronize()
     return median(start.elapsed_time(stop) for start, stop in marks)
+
+
+def replayed(run: Callable[[], object]) -> float:
+    """Milliseconds of the work of ``run`` on the GPU alone: recorded once, and replayed without Python."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return milliseconds(graph.replay)
 
 
 def copy_bandwidth() -> float:
@@ -100,14 +114,18 @@ def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
 
 
-def timings(
-    backend: str, call: Callable[[str], Tensor], leaves: list[Tensor], weight: Tensor, seconds: float
-) -> dict[str, float]:
-    """Milliseconds forward and with backward."""
-    with torch.no_grad():
-        forward = milliseconds(lambda: call(backend), seconds)
-    whole = milliseconds(lambda: both(lambda: call(backend), leaves, weight), seconds)
-    return {f"{backend}_forward_ms": forward, f"{backend}_both_ms": whole}
+def timings(run: Callable[[], Tensor], leaves: list[Tensor], weight: Tensor, *, graph: bool = True) -> dict[str, float]:
+    """Milliseconds forward and with backward, called from Python, and if ``graph`` also of the GPU's work alone."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return run()
+
+    def whole() -> list[Tensor]:
+        return both(run, leaves, weight)
+
+    found = {"forward_ms": milliseconds(forward), "both_ms": milliseconds(whole)}
+    return found | ({"forward_gpu_ms": replayed(forward), "both_gpu_ms": replayed(whole)} if graph else {})
 
 
 def one(name: str, n: int, dim: int, dtype: torch.dtype, bandwidth: float) -> dict[str, object]:
@@ -121,12 +139,11 @@ def one(name: str, n: int, dim: int, dtype: torch.dtype, bandwidth: float) -> di
     row["agrees"] = agree
     if not agree:
         return row
-    row |= timings("triton", call, leaves, weight, 0.15)
-    row |= timings("eager", call, leaves, weight, 0.05)
-    row["forward_share"] = least / bandwidth / row["triton_forward_ms"] * 1e3  # type: ignore[operator]
-    row["both_share"] = least_both / bandwidth / row["triton_both_ms"] * 1e3  # type: ignore[operator]
-    row["forward_tokens_per_s"] = n / row["triton_forward_ms"] * 1e3  # type: ignore[operator]
-    row["both_tokens_per_s"] = n / row["triton_both_ms"] * 1e3  # type: ignore[operator]
+    row |= timings(lambda: call("triton"), leaves, weight)
+    row |= {f"eager_{key}": value for key, value in timings(lambda: call("eager"), leaves, weight, graph=False).items()}
+    for part, fewest in (("forward", least), ("both", least_both)):
+        row[f"{part}_share"] = fewest / bandwidth / row[f"{part}_gpu_ms"] * 1e3  # type: ignore[operator]
+        row[f"{part}_tokens_per_s"] = n / row[f"{part}_ms"] * 1e3  # type: ignore[operator]
     return row
 
 
@@ -138,10 +155,7 @@ def attention(n: int, dim: int) -> dict[str, object]:
     def call() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    with torch.no_grad():
-        forward = milliseconds(call)
-    whole = milliseconds(lambda: both(call, [q, k, v], weight))
-    return {"op": "sdpa", "n": n, "dim": dim, "dtype": "bfloat16", "forward_ms": forward, "both_ms": whole}
+    return {"op": "sdpa", "n": n, "dim": dim, "dtype": "bfloat16"} | timings(call, [q, k, v], weight)
 
 
 def main() -> None:
@@ -163,8 +177,7 @@ def main() -> None:
                 for dtype in (torch.float32,) if name == "scan" else (torch.bfloat16, torch.float32):
                     rows.append(one(name, n, dim, dtype, bandwidth))
             for row in rows[-(2 * len(ops) + 1) :]:
-                text = {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
-                print(" ".join(str(value) for value in text.values()), flush=True)
+                print(" ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()), flush=True)
             if options.out:
                 options.out.write_text(json.dumps(facts | {"rows": rows}, indent=1))
     if not all(row.get("agrees", True) for row in rows):

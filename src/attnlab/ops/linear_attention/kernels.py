@@ -71,7 +71,7 @@ def _written(b, c, rate, count, CHUNK: tl.constexpr, REVERSE: tl.constexpr, HAS_
         return dot(tl.trans(b), c, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "length", "segments", "span", "room", "w"])
 def _local_states(
     b, c, log_decay, states,
     b_batch, b_head, b_row, c_batch, c_head, c_row,
@@ -101,7 +101,7 @@ def _local_states(
     store_tile(states + (group.to(tl.int64) * room + segment) * d * e, state, first, e, second, 1, d, e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "length", "segments", "span", "room"])
 def _carry_states(
     states, edge, log_decay,
     heads, length, segments, span, room, size,
@@ -120,7 +120,7 @@ def _carry_states(
         state = state * tl.exp(rate * tl.minimum(span, length - segment * span)) + own
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "length", "segments", "span", "room", "s", "r", "w"])
 def _walk(
     a, b, c, log_decay, states, out, last,
     a_batch, a_head, a_row, b_batch, b_head, b_row, c_batch, c_head, c_row, out_batch, out_head, out_row,
@@ -159,7 +159,7 @@ def _walk(
             store_tile(last + group.to(tl.int64) * d * e, state, first, e, second, 1, d, e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "length", "segments", "span", "room", "grad_room", "s"])
 def _decay_gradient(
     q, k, v, g, log_decay, states, grad_states, parts,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, g_batch, g_head, g_row,

@@ -65,32 +65,31 @@ class Rows(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How the kernels cut n tokens: segments, their tokens, and the sizes of tiles."""
+    """How the kernels cut n tokens: segments, their tokens, and those of a chunk."""
 
     segments: int
     span: int
     chunk: int
-    half: bool
+    precision: str
 
     @classmethod
     def build(cls, q: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n e"]) -> Plan:
         """The plan for the GPU of ``q``."""
         b, h, n, d = q.shape
-        half = q.dtype != torch.float32
-        chunk = min(64 if half else 32, power_of_two(n, 16))
+        precision = dot_precision(q)
+        # Without tensor cores a thread holds whole rows of a product's factors.
+        chunk = min(16 if precision == "ieee" and q.dtype == torch.float32 else 64, power_of_two(n, 16))
         span = segment_length(q, n, b * h * -(-min(d, v.shape[-1]) // 64), chunk)
-        return cls(-(-n // span), span, chunk, half)
+        return cls(-(-n // span), span, chunk, precision)
 
     def tiles(self, d: int, e: int, like: Tensor) -> tuple[int, dict[str, Any]]:
         """Tiles of the columns of a (d, e) state whose rows one program holds, and the options of its kernel."""
         rows = power_of_two(d, 16)
-        columns = min(power_of_two(e, 16), 64 if rows <= 128 else 32)
-        options = {"CHUNK": self.chunk, "BD": rows, "BE": columns, "PRECISION": dot_precision(like)}
-        return -(-e // columns), options | self.resources(rows * columns)
-
-    def resources(self, entries: int) -> dict[str, Any]:
-        """Warps and stages for a program with so many entries of state."""
-        return {"num_warps": 4 if entries <= 64 * 64 else 8, "num_stages": 2 if self.half else 1}
+        half = like.dtype != torch.float32
+        columns = min(power_of_two(e, 16), 64 if rows <= 128 and self.chunk == 64 else 32)
+        warps = 4 if rows * columns <= 64 * 64 else 8
+        options = {"CHUNK": self.chunk, "BD": rows, "BE": columns, "PRECISION": self.precision}
+        return -(-e // columns), options | {"num_warps": warps, "num_stages": 2 if half else 1}
 
 
 def _strides(*tensors: Tensor) -> list[int]:

@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def _channels(blocks, width, BLOCK: tl.constexpr):
@@ -26,30 +28,29 @@ def _channels(blocks, width, BLOCK: tl.constexpr):
     return group * width + within, within, group
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "segments", "span", "room", "blocks"])
 def _walk(
     x, dt, rates, weights, readers, edges, y, kept, ends, steps,
     x_batch, x_row, dt_batch, dt_row, weights_batch, weights_row, weights_group, readers_batch, readers_row, readers_group,
-    length, segments, span, room, channels, blocks, width, states,
+    length, segments, span, room, channels, blocks, width,
     REVERSE: tl.constexpr, LOCAL: tl.constexpr, READ: tl.constexpr, KEEP: tl.constexpr,
     CONSTANT_WEIGHTS: tl.constexpr, CONSTANT_READERS: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """Take a segment's state to its other end, stored in ``ends`` (b segments s e).
 
     ``LOCAL``: from zeros, and sum the steps into ``steps`` (b segments e); otherwise from ``edges`` (b segments s e).
     ``READ``: store what ``readers`` read of the states in ``y``. ``KEEP``: store in ``kept`` (b room s e) the state with which
-    each chunk begins.
+    each chunk begins. ``ROOM`` is ``STATES`` or the next power of two.
     """
     batch, segment = (tl.program_id(0) // segments).to(tl.int64), tl.program_id(0) % segments
     channel, within, group = _channels(blocks, width, BLOCK)
-    valid = within < width
-    state_index = tl.arange(0, STATES)
-    inside = (state_index < states)[:, None] & valid[None, :]
-    place = state_index[:, None] * channels + channel[None, :]
-    rate = tl.load(rates + place, mask=inside, other=0.0)
-    edge = (tl.program_id(0).to(tl.int64) * states) * channels
-    state = tl.zeros([STATES, BLOCK], tl.float32)
+    index = tl.arange(0, ROOM)
+    inside = (index < STATES)[:, None] & (within < width)[None, :]
+    place = index[:, None] * channels + channel[None, :]
+    rate = tl.load(rates + place, mask=inside, other=0.0) * LOG2_E
+    edge = tl.program_id(0).to(tl.int64) * STATES * channels
+    state = tl.zeros([ROOM, BLOCK], tl.float32)
     if not LOCAL:
         state = tl.load(edges + edge + place, mask=inside, other=0.0)
     total = tl.zeros([BLOCK], tl.float32)
@@ -59,37 +60,38 @@ def _walk(
         reader = tl.load(readers + place, mask=inside, other=0.0)
     start, stop = segment * span, tl.minimum(segment * span + span, length)
     count = tl.cdiv(stop - start, CHUNK)
+    x += batch * x_batch
+    dt += batch * dt_batch
+    weights += batch * weights_batch + group * weights_group
+    if READ:
+        readers += batch * readers_batch + group * readers_group
     for step in range(count):
         row = start + (count - 1 - step if REVERSE else step) * CHUNK
         if KEEP:
-            keep = (batch * room + row // CHUNK) * states * channels
-            tl.store(kept + keep + place, state, mask=inside)
-        for index in tl.static_range(CHUNK):
-            token = (row + (CHUNK - 1 - index if REVERSE else index)).to(tl.int64)
+            tl.store(kept + (batch * room + row // CHUNK) * STATES * channels + place, state, mask=inside)
+        for offset in tl.static_range(CHUNK):
+            token = row + (CHUNK - 1 - offset if REVERSE else offset)
             # A width of 0 for a token that isn't there: the interpreter takes no conjunction of a scalar with a vector.
             there = within < tl.where(token < stop, width, 0)
-            known = state_index < tl.where(token < stop, states, 0)
-            input_row = tl.load(x + batch * x_batch + token * x_row + channel, mask=there, other=0.0)
-            step_row = tl.load(dt + batch * dt_batch + token * dt_row + channel, mask=there, other=0.0)
-            decay = tl.exp(step_row[None, :] * rate)
+            near = tl.minimum(token, stop - 1).to(tl.int64)
+            input_row = tl.load(x + near * x_row + channel, mask=there, other=0.0)
+            step_row = tl.load(dt + near * dt_row + channel, mask=there, other=0.0)
+            decay = tl.exp2(step_row[None, :] * rate)
             if not CONSTANT_WEIGHTS:
-                column = weights + batch * weights_batch + token * weights_row + group * weights_group
-                weight = tl.load(column + state_index, mask=known, other=0.0)[:, None]
+                weight = tl.load(weights + near * weights_row + index, mask=index < STATES, other=0.0)[:, None]
             state = decay * (state + weight * input_row[None, :]) if REVERSE else decay * state + weight * input_row[None, :]
             if LOCAL:
                 total += step_row
             if READ:
                 if not CONSTANT_READERS:
-                    column = readers + batch * readers_batch + token * readers_row + group * readers_group
-                    reader = tl.load(column + state_index, mask=known, other=0.0)[:, None]
-                result = tl.sum(state * reader, axis=0)
-                tl.store(y + (batch * length + token) * channels + channel, result, mask=there)
+                    reader = tl.load(readers + near * readers_row + index, mask=index < STATES, other=0.0)[:, None]
+                tl.store(y + (batch * length + near) * channels + channel, tl.sum(state * reader, axis=0), mask=there)
     tl.store(ends + edge + place, state, mask=inside)
     if LOCAL:
-        tl.store(steps + tl.program_id(0).to(tl.int64) * channels + channel, total, mask=valid)
+        tl.store(steps + tl.program_id(0).to(tl.int64) * channels + channel, total, mask=within < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def _carry(
     edges, steps, rates, first, segments, channels, size,
     REVERSE: tl.constexpr, BLOCK: tl.constexpr,
@@ -139,13 +141,13 @@ def _weights_of(
     else:
         batch_stride, row_stride, group_stride = strides
         weights += batch * batch_stride + row.to(tl.int64) * row_stride + group * group_stride + state
-        for index in tl.static_range(CHUNK):
-            found = found + (tl.load(weights + index * row_stride, mask=index < left, other=0.0),)  # noqa: RUF005
+        for index in tl.static_range(CHUNK):  # those beyond the end meet inputs of 0
+            found = found + (tl.load(weights + tl.minimum(index, left - 1) * row_stride),)  # noqa: RUF005
     return found
 
 
 @triton.jit
-def _emit(products, parts, per_token, line, states, valid, left, CONSTANT: tl.constexpr, CHUNK: tl.constexpr):
+def _emit(products, parts, numbers, line, valid, CONSTANT: tl.constexpr, CHUNK: tl.constexpr, STATES: tl.constexpr):
     """Store a chunk's part of the gradient of one state's weights: a number a token, or summed to a row where constant."""
     if CONSTANT:
         summed = products[0]
@@ -154,21 +156,22 @@ def _emit(products, parts, per_token, line, states, valid, left, CONSTANT: tl.co
         tl.store(parts + line, summed, mask=valid)
     else:
         for index in tl.static_range(CHUNK):
-            tl.store(parts + per_token + index * states, tl.sum(products[index]), mask=index < left)
+            tl.store(parts + numbers + index * STATES, tl.sum(products[index]))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "chunks", "room", "blocks"])
 def _gradients(
     x, dt, dy, rates, weights, readers, starts, ends, dx, ddt, dweights, dreaders,
     x_batch, x_row, dt_batch, dt_row, dy_batch, dy_row,
     weights_batch, weights_row, weights_group, readers_batch, readers_row, readers_group,
-    length, chunks, room, channels, blocks, width, states,
-    CONSTANT_WEIGHTS: tl.constexpr, CONSTANT_READERS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    length, chunks, room, channels, blocks, width,
+    CONSTANT_WEIGHTS: tl.constexpr, CONSTANT_READERS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a chunk's inputs and steps, and its part of those of the rates, which takes the place of ``ends``.
 
     ``starts`` (b room s e) are the states before the chunks, ``ends`` (b chunks s e) what comes back to those after. Parts of
-    the gradients of the weights and readers go to (b g blocks n s), or (b chunks s e) if constant.
+    the gradients of the weights and readers go to (b g blocks tokens s), with room for whole chunks of tokens, or (b chunks s e) if constant.
     """
     batch, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     channel, within, group = _channels(blocks, width, BLOCK)
@@ -180,20 +183,20 @@ def _gradients(
     for _ in tl.static_range(CHUNK):
         dxs, ddts = dxs + (tl.zeros([BLOCK], tl.float32),), ddts + (tl.zeros([BLOCK], tl.float32),)  # noqa: RUF005
     strides = (weights_batch, weights_row, weights_group), (readers_batch, readers_row, readers_group)
-    for state in range(states):
-        line = (tl.program_id(0).to(tl.int64) * states + state) * channels + channel
-        per_token = ((batch * tl.num_programs(1) + tl.program_id(1)) * length + row) * states + state
+    for state in range(STATES):
+        line = (tl.program_id(0).to(tl.int64) * STATES + state) * channels + channel
+        numbers = ((batch * tl.num_programs(1) + tl.program_id(1)) * chunks + chunk) * CHUNK * STATES + state
         rate = tl.load(rates + state * channels + channel, mask=valid, other=0.0)
-        h = tl.load(starts + ((batch * room + chunk) * states + state) * channels + channel, mask=valid, other=0.0)
+        h = tl.load(starts + ((batch * room + chunk) * STATES + state) * channels + channel, mask=valid, other=0.0)
         m = tl.load(ends + line, mask=valid, other=0.0)
         bs = _weights_of(weights, batch, row, strides[0], group, state, channel, channels, valid, left, CONSTANT_WEIGHTS, CHUNK)
         cs = _weights_of(readers, batch, row, strides[1], group, state, channel, channels, valid, left, CONSTANT_READERS, CHUNK)
         befores, decays, products = (), (), ()
         for index in tl.static_range(CHUNK):
-            befores, decays = befores + (h,), decays + (tl.exp(dts[index] * rate),)  # noqa: RUF005
+            befores, decays = befores + (h,), decays + (tl.exp2(dts[index] * (rate * LOG2_E)),)  # noqa: RUF005
             h = decays[index] * h + xs[index] * bs[index]
             products = products + (h * dys[index],)  # noqa: RUF005
-        _emit(products, dreaders, per_token, line, states, valid, left, CONSTANT_READERS, CHUNK)
+        _emit(products, dreaders, numbers, line, valid, CONSTANT_READERS, CHUNK, STATES)
         new_dxs, new_ddts, products, drate = (), (), (), tl.zeros([BLOCK], tl.float32)
         for index in tl.static_range(CHUNK - 1, -1, -1):
             adjoint = m + cs[index] * dys[index]
@@ -203,7 +206,7 @@ def _gradients(
             products = (adjoint * xs[index],) + products  # noqa: RUF005
             new_dxs = (dxs[index] + adjoint * bs[index],) + new_dxs  # noqa: RUF005
             new_ddts = (ddts[index] + exponent * rate,) + new_ddts  # noqa: RUF005
-        _emit(products, dweights, per_token, line, states, valid, left, CONSTANT_WEIGHTS, CHUNK)
+        _emit(products, dweights, numbers, line, valid, CONSTANT_WEIGHTS, CHUNK, STATES)
         dxs, ddts = new_dxs, new_ddts
         tl.store(ends + line, drate, mask=valid)
     first = batch * length * channels

@@ -16,10 +16,10 @@ from torch import Tensor
 from attnlab.ops.selective_scan import kernels
 from attnlab.ops.triton_launch import on_device, packed, power_of_two, segment_length
 
-CHUNK = 16
+CHUNK = 8
 """Tokens whose states backward holds in registers."""
 
-WALKERS, LANES = 32, 64
+WALKERS, LANES = 32, 128
 """Channels of a program that walks, and of one that computes gradients: what channels share is summed over them first."""
 
 SHORTEST = 64
@@ -146,7 +146,6 @@ class Pass(NamedTuple):
             channels,
             self.cut.blocks,
             self.cut.width,
-            states,
             REVERSE=self.reverse,
             LOCAL=steps is not None,
             READ=readers is not None,
@@ -155,7 +154,8 @@ class Pass(NamedTuple):
             CONSTANT_READERS=readers is not None and readers.constant,
             CHUNK=CHUNK,
             BLOCK=self.cut.size,
-            STATES=power_of_two(states),
+            STATES=states,
+            ROOM=power_of_two(states),
             num_warps=max(1, min(8, power_of_two(states) // 32)),
         )
 
@@ -221,7 +221,7 @@ def _backward(
     ends = x.new_empty(batch, chunks, states, channels)
     dx, ddt = x.new_empty(x.shape), x.new_empty(x.shape)
     parts = [
-        torch.empty_like(ends) if w.constant else x.new_empty(batch, cut.groups, cut.blocks, length, states)
+        torch.empty_like(ends) if w.constant else x.new_empty(batch, cut.groups, cut.blocks, chunks * CHUNK, states)
         for w in (weights, readers)
     ]
     with on_device(x):
@@ -250,15 +250,22 @@ def _backward(
             channels,
             cut.blocks,
             cut.width,
-            states,
             CONSTANT_WEIGHTS=weights.constant,
             CONSTANT_READERS=readers.constant,
             CHUNK=CHUNK,
             BLOCK=cut.size,
+            STATES=states,
             num_warps=1,
         )
-    dB, dC = (p.sum((0, 1)).mT.contiguous() if p.ndim == 4 else p.sum(2).transpose(1, 2).contiguous() for p in parts)
-    return dx, ddt, ends.sum((0, 1)).mT.contiguous(), dB, dC, dstate.mT.contiguous()
+    dB, dC = (_gathered(part, length) for part in parts)
+    return dx, ddt, _gathered(ends, length), dB, dC, dstate.mT.contiguous()
+
+
+def _gathered(parts: Tensor, length: int) -> Float[Tensor, "..."]:
+    """The gradient from its parts: (b chunks s e) of something constant, (b g blocks tokens s) of weights per token."""
+    if parts.ndim == 4:
+        return parts.sum((0, 1)).mT.contiguous()
+    return parts.sum(2)[:, :, :length].transpose(1, 2).contiguous()
 
 
 @_backward.register_fake
