@@ -19,6 +19,7 @@ ALLOWED = {
     "mixers/heads/routers.py": "a gate over heads",
     "mixers/heads/union_of_experts.py": "a gate over heads",
     "mixers/linear/rala.py": "weights of the keys, from one mean query",
+    "mixers/linear/sparse_state.py": "a gate over partitions, and keys over their channels",
     "mixers/parts/features.py": "features of one token, over its channels",
     "mixers/parts/routed_lora.py": "a gate over experts",
     "mixers/pooled/token_pooling.py": "a gate over scales of pooling",
