@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from attnlab import list_mixers, mixer_info
+from attnlab.claims import claims, outcomes
+from attnlab.cli.claims import claim_data, measured_text
 from attnlab.cli.describe import cost_text, default_text, example, headline, proofs, verb
 from attnlab.cli.docstrings import describe_arguments, parse
 from attnlab.core.catalog import mixers
@@ -64,6 +67,7 @@ def generated() -> dict[str, str | bytes]:
             files |= {picture_path(name, number, i): data for i, data in enumerate(picture.files)}
     files["mechanisms/index.md"] = gallery_page()
     files["papers.md"] = render("papers.md.j2", rows=sorted(facts.rows(), key=lambda row: (not row.implemented, row.paper.slug)))
+    files["claims.md"] = claims_page()
     files["reference/ops.md"] = render("ops.md.j2", modules=op_modules())
     for kind, registry in facts.parts().items():
         entries = [entry_part(entry) for entry in registry.entries()]
@@ -79,6 +83,17 @@ def part_path(kind: str) -> str:
 def part_title(kind: str) -> str:
     """What that page is called."""
     return kind.replace("_", " ").capitalize() + "s"
+
+
+def claims_page() -> str:
+    """The claims ledger."""
+    measured = outcomes()
+    rows = [
+        {**claim_data(claim, measured.get(name)), "measured_text": measured_text(claim, measured.get(name))}
+        for name, claim in claims().items()
+    ]
+    counts = Counter(row["outcome"] for row in rows)
+    return render("claims.md.j2", rows=rows, counts=list(counts.items()))
 
 
 def gallery_page() -> str:

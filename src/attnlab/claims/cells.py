@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 
 from attnlab.compare.cells import canonical, code_version
 
-
 Reporter: TypeAlias = Callable[[str], None]
 """What hears of the work, a line at a time."""
 
