@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -75,6 +76,7 @@ class LinearMixer(AttentionMixer, StreamingMixer):
     """Whether `turn` does something."""
     rank: int | None = None
     """Rank of the grid that local terms and turns are built for; None if it is of no account. See `lifted`."""
+    promised: Supports | None = None
 
     def __init__(
         self, dim: int, num_heads: int = 8, *, normalizer: Normalizer | None = None, **options: Unpack[AttentionOptions]
@@ -91,11 +93,18 @@ class LinearMixer(AttentionMixer, StreamingMixer):
 
     @property
     def supports(self) -> Supports:
-        """Two sequences have no common places to turn features by; kernels of a rank lie on grids up to that rank."""
-        supports = self.info.supports
+        """What `promise` says once the options are known."""
+        return self.info.supports if self.promised is None else self.promised
+
+    def promise(self, **changes: Any) -> None:
+        """Fix the promises for these options, ``changes`` on top; the last thing that a constructor with slots of its own does.
+
+        Two sequences have no common places to turn features by; kernels of a rank lie on grids up to that rank.
+        """
+        found = replace(self.info.supports, **changes)
         if self.turns:
-            supports = replace(supports, cross=False, permutation_equivariant=False)
-        return supports if self.rank is None else replace(supports, grid=frozenset(range(1, self.rank + 1)))
+            found = replace(found, cross=False, permutation_equivariant=False)
+        self.promised = found if self.rank is None else replace(found, grid=frozenset(range(1, self.rank + 1)))
 
     @property
     def feature_width(self) -> int:

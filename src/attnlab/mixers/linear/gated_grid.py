@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from einops import rearrange
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from attnlab.core.grid import Grid
-from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.mixers.attention import AttentionOptions
 from attnlab.mixers.linear.core import LinearMixer
@@ -78,12 +76,7 @@ class GatedGridLinear(LinearMixer):
         self.lepe = None
         if local_kernel:
             self.lepe = LocallyEnhancedPosition(num_heads, self.head_dim, kernel_size=local_kernel, rank=rank).to(**place)
-
-    @property
-    def supports(self) -> Supports:
-        """Without rotation and convolution the tokens are a set."""
-        ordered = self.turns or getattr(self, "lepe", self) is not None
-        return replace(super().supports, permutation_equivariant=not ordered)
+        self.promise(permutation_equivariant=self.lepe is None)
 
     def features(self, x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
         """elu + 1."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,11 +87,7 @@ class InlineAttention(LinearMixer):
         self.kernel, self.rank, self.num_prefix = kernel, rank, int(class_token)
         self.normalizer = Subtract(self.head_dim**-0.5)
         self.residual = PredictedDepthwise(dim, num_heads, rank=rank, **place) if residual else None
-
-    @property
-    def supports(self) -> Supports:
-        """Without the residual the tokens are a set."""
-        return replace(super().supports, permutation_equivariant=getattr(self, "residual", self) is None)
+        self.promise(permutation_equivariant=not residual)
 
     def features(self, x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
         """The kernel function."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from typing_extensions import Unpack
 
 from attnlab.core.catalog import mixers
 from attnlab.core.grid import Grid
-from attnlab.core.info import Supports
 from attnlab.mixers.attention import AttentionOptions
 from attnlab.mixers.linear.core import LINEAR, LinearMixer
 from attnlab.mixers.linear.normalizers import Clamp, Divide, Magnitude, Normalizer, Subtract
@@ -39,8 +37,8 @@ class LinearAttention(LinearMixer):
         num_heads: heads.
         feature_map: "elu", "relu", "squared_relu", "softplus", "sigmoid", "exp", "softmax" (over the channels), "leaky_relu",
             "identity", or random features of the softmax kernel: "positive" or "trigonometric".
-        num_features: random directions, orthogonal in blocks, by default head_dim of them; they are the buffer
-            ``random.directions``, see `redraw`.
+        num_features: random directions, orthogonal in blocks, by default for features as wide as the head: head_dim of them,
+            or half as many for "trigonometric". They are the buffer ``random.directions``, see `redraw`.
         normalizer: "divide"; "clamp" (the denominator is at least ``denominator_min``); "subtract" (of `inline`) and "magnitude"
             (of `mala`), both with scale head_dim ** -0.5, and over the keys so far where causal; or "none".
         denominator_min: of "clamp".
@@ -58,8 +56,6 @@ class LinearAttention(LinearMixer):
     or so, and keys that point in no direction's way vanish; trigonometric ones overflow for long keys. "leaky_relu", "identity"
     and "trigonometric" give weights of both signs, whose sum may come near 0: "divide" and "magnitude" want positive features.
     """
-
-    jumps: bool = False
 
     def __init__(
         self,
@@ -86,19 +82,15 @@ class LinearAttention(LinearMixer):
         place: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         self.random: RandomFeatures | None = None
         if feature_map in RANDOM_MAPS:
-            count, scale = self.head_dim if num_features is None else num_features, self.head_dim**-0.5
+            usual = self.head_dim if feature_map == "positive" else max(1, self.head_dim // 2)
+            count, scale = usual if num_features is None else num_features, self.head_dim**-0.5
             self.random = RandomFeatures(feature_map, self.head_dim, count, scale=scale, generator=generator, **place)
         if rotary and self.random is not None:
             raise ValueError(f"rotary: expected False with feature_map={feature_map!r}, got True")
         self.turns = rotary
         self.rotary = create_position("rotary" if rotary else "none", num_heads, self.head_dim).to(**place)
-        self.jumps = normalizer == "divide" and feature_map in _MAY_VANISH
-
-    @property
-    def supports(self) -> Supports:
-        """Where a denominator may come down to 0, the output jumps there."""
-        supports = super().supports
-        return replace(supports, discontinuous=True) if self.jumps else supports
+        # A denominator that comes down to 0 makes the output jump.
+        self.promise(discontinuous=normalizer == "divide" and feature_map in _MAY_VANISH)
 
     @property
     def feature_width(self) -> int:

@@ -49,6 +49,8 @@ class LocalConcentration(Mixer):
         ValueError: for an even kernel, or another rank.
     """
 
+    promised: Supports | None = None
+
     def __init__(
         self,
         dim: int,
@@ -72,10 +74,12 @@ class LocalConcentration(Mixer):
         self.norm = nn.BatchNorm1d(dim, **place)
         self.second = conv(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, **place)
 
+        self.promised = replace(self.info.supports, grid=frozenset(range(1, rank + 1)))
+
     @property
     def supports(self) -> Supports:
         """Grids up to the rank of the kernels."""
-        return replace(self.info.supports, grid=frozenset(range(1, getattr(self, "rank", 2) + 1)))
+        return self.info.supports if self.promised is None else self.promised
 
     def mix(
         self,

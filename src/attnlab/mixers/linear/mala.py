@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from typing_extensions import Unpack
 
 from attnlab.core.catalog import mixers
@@ -51,8 +49,4 @@ class MagnitudeAwareLinearAttention(GatedGridLinear):
     def __init__(self, dim: int, num_heads: int = 8, *, eps: float = 1e-6, **options: Unpack[GatedGridOptions]) -> None:
         super().__init__(dim, num_heads, **options)
         self.normalizer = Magnitude(self.head_dim**-0.5, eps)
-
-    @property
-    def supports(self) -> Supports:
-        """Without rotation keys may come from another sequence."""
-        return replace(super().supports, cross=not getattr(self, "turns", True))
+        self.promise(cross=True, permutation_equivariant=self.lepe is None)
