@@ -71,7 +71,7 @@ class ConvolvedProjection(nn.Module):
 class NeuralMemory(nn.Module):
     r"""A memory network a head, written and read token by token (`attnlab.ops.neural_memory`).
 
-    $q, k, v$ are `ConvolvedProjection`\ s of x, q and k of length 1; the gates of a head are
+    Each of $q, k, v$ is a `ConvolvedProjection` of x, q and k of length 1; the gates of a head are
 
     $$\alpha_t = \sigma(w_\alpha^\top x_t + b_\alpha), \qquad \eta_t = \sigma(w_\eta^\top x_t + b_\eta), \qquad
     \theta_t = \theta_{\max}\, \sigma(w_\theta^\top x_t + b_\theta) .$$

@@ -66,7 +66,7 @@ class Titans(MemoryMixer):
     ) -> tuple[Float[Tensor, "b n c"], State]:
         """Write and read, normalise, gate, project; ``place`` as for `NeuralMemory`."""
         heads, state = self.store(x, state, mask, place)
-        self.emit("mixed", heads)
+        self.emit("read", heads)
         heads = heads.to(self.out_norm.weight.dtype)  # which autocast lowers
         y = self.out_norm(heads.transpose(1, 2)).flatten(2)
         return self.out_proj(y * F.silu(self.gate_proj(x))), state

@@ -206,7 +206,7 @@ class TitansContext(MemoryMixer):
     ) -> tuple[Float[Tensor, "b m c"], State]:
         """Write y, read with it, multiply, project."""
         heads, state = self.store(y, state, mask, place)
-        self.emit("mixed", heads)
+        self.emit("read", heads)
         return self.out_proj(self.product(y, rearrange(heads, "b h m d -> b m (h d)"))), state
 
 

@@ -101,5 +101,5 @@ class TitansGate(MemoryMixer):
     ) -> tuple[Float[Tensor, "b n c"], State, Cache]:
         heads, memory = self.store(x, state, mask, place)
         y, cache = self.attention(x, cache, mask, self.persistent)
-        self.emit("mixed", heads)
+        self.emit("read", heads)
         return self.out_proj(self.product(y, rearrange(heads, "b h n d -> b n (h d)"))), memory, cache

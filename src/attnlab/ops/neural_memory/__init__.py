@@ -70,22 +70,7 @@ def neural_memory(
         UnknownNameError: for an unknown activation or backend.
     """
     q, k, v, alpha, eta, theta = common_dtype(q=q, k=k, v=v, alpha=alpha, eta=eta, theta=theta)
-    if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
-        raise ValueError(
-            f"q, k, v: expected (b, h, n, d) twice and (b, h, n, e), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
-    if q.shape[2] == 0:
-        raise ValueError("q, k, v: expected at least one token, got none")
-    for name, gate in (("alpha", alpha), ("eta", eta), ("theta", theta)):
-        if gate.shape != q.shape[:3]:
-            raise ValueError(f"{name}: expected shape {tuple(q.shape[:3])}, one number a token and head, got {tuple(gate.shape)}")
-    if chunk < 1:
-        raise ValueError(f"chunk: expected at least 1, got {chunk}")
-    if activation not in ACTIVATIONS:
-        raise UnknownNameError(
-            f"activation: expected one of {list(ACTIVATIONS)}, got {activation!r}{nearest(activation, ACTIVATIONS)}"
-        )
-    _check_layers(state, q, v)
+    _check(q, k, v, {"alpha": alpha, "eta": eta, "theta": theta}, state, chunk, activation)
     wide = accumulate_dtype(q.dtype)
     memory, momentum, anchor = (tuple(w.to(wide) for w in group) for group in state[:3])
     return NEURAL_MEMORY(backend, q)(
@@ -97,8 +82,23 @@ def neural_memory(
     )
 
 
-def _check_layers(state: MemoryState, q: Tensor, v: Tensor) -> None:
-    """Raise for weights that are no network from the queries' width to the values'."""
+def _check(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: MemoryState, chunk: int, activation: str) -> None:
+    """Raise for what `neural_memory` cannot take; the weights must lead from the queries' width to the values'."""
+    if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            f"q, k, v: expected (b, h, n, d) twice and (b, h, n, e), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if q.shape[2] == 0:
+        raise ValueError("q, k, v: expected at least one token, got none")
+    for name, gate in gates.items():
+        if gate.shape != q.shape[:3]:
+            raise ValueError(f"{name}: expected shape {tuple(q.shape[:3])}, one number a token and head, got {tuple(gate.shape)}")
+    if chunk < 1:
+        raise ValueError(f"chunk: expected at least 1, got {chunk}")
+    if activation not in ACTIVATIONS:
+        raise UnknownNameError(
+            f"activation: expected one of {list(ACTIVATIONS)}, got {activation!r}{nearest(activation, ACTIVATIONS)}"
+        )
     widths = [q.shape[3], *(w.shape[-1] for w in state.memory[:-1]), v.shape[3]]
     expected = [(*q.shape[:2], *pair) for pair in pairwise(widths)]
     for name, group in zip(("memory", "momentum", "anchor"), state[:3], strict=True):
