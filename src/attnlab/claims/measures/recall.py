@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from attnlab.claims.cells import Cells
+from attnlab.claims.cells import Cells, Reporter, silent
 from attnlab.claims.quantity import Measured, over
 from attnlab.core.catalog import mixer_info
 from attnlab.models import count_parameters, create_model
@@ -84,8 +84,8 @@ class MixedRecall(AssociativeRecall):
             yield self.parts[chosen].draw(batch_size, generator)
 
 
-def learn(setup: Setup, rate: float, seed: int) -> dict[str, Any]:
-    """One training run: accuracy on both splits for each number of pairs, and the loss on the way."""
+def learn(setup: Setup, rate: float, seed: int, say: Reporter = silent) -> dict[str, Any]:
+    """One training run: accuracy on both splits for each number of pairs, and the loss on the way, of which ``say`` hears."""
     parts = [setup.task(pairs) for pairs in setup.pairs]
     orderless = mixer_info(setup.mixer).supports.permutation_equivariant
     with torch.random.fork_rng(devices=[]):
@@ -110,6 +110,7 @@ def learn(setup: Setup, rate: float, seed: int) -> dict[str, Any]:
         learning_rate=rate,
         seed=seed,
         log_every=max(1, setup.steps // CURVE_POINTS),
+        callback=lambda row: say(f"  step {row.step} of {setup.steps}, loss {row.loss:.3f}"),
         eval_split=None,
     )
 
@@ -142,7 +143,7 @@ def sweep(cells: Cells, setup: Setup) -> dict[str, Any]:
 
     def run(rate: float, seed: int) -> dict[str, Any]:
         name = f"{setup.mixer}, rate {rate:g}, seed {seed}"
-        return cells(f"recall: {name}", setup.cell(rate, seed), lambda: learn(setup, rate, seed))
+        return cells(f"recall: {name}", setup.cell(rate, seed), lambda: learn(setup, rate, seed, cells.say))
 
     tried = {rate: run(rate, SWEEP_SEED) for rate in setup.learning_rates}
     best = max(tried, key=lambda rate: (mean(tried[rate]["valid"]), -rate))
