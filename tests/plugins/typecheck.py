@@ -12,13 +12,15 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-BOUNDARY_MODULES = {"attnlab.core.contract"}
+BOUNDARY_MODULES = {"attnlab.core.contract", "attnlab.core.streaming"}
 BOUNDARY_PACKAGES = {"attnlab.ops"}  # the __init__ of each package directly in these
+KERNELS = {"kernels", "triton_tiles"}  # modules in Triton's language: its compiler wants functions as they were written
 
 
 def at_boundary(module: str, *, package: bool) -> bool:
     """True for a module (or a package's own ``__init__``) that the hook must leave alone."""
-    return module in BOUNDARY_MODULES or (package and module.rpartition(".")[0] in BOUNDARY_PACKAGES)
+    folder, _, name = module.rpartition(".")
+    return module in BOUNDARY_MODULES or name in KERNELS or (package and folder in BOUNDARY_PACKAGES)
 
 
 def hooked_modules(folder: Path, name: str = "attnlab") -> list[str]:
