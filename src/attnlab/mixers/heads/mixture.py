@@ -80,7 +80,8 @@ class MixtureOfAttention(StreamingMixer):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._promises = mixer_info(expert).supports if not experts else experts[0].supports
+        found = mixer_info(expert).supports if not experts else experts[0].supports
+        self._promises = replace(found, associative=False, dynamics=False)
         super().__init__(dim, num_heads, causal=causal)
         num_experts = num_experts if experts is None else len(experts)
         if num_experts < 1:
@@ -110,7 +111,7 @@ class MixtureOfAttention(StreamingMixer):
 
     @property
     def supports(self) -> Supports:
-        """The promises of the experts; top-k adds a choice."""
+        """The promises of the experts, but for summaries and dynamics, which are theirs alone; top-k adds a choice."""
         return self._promises
 
     @property
