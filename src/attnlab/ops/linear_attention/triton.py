@@ -89,7 +89,7 @@ class Plan(NamedTuple):
         columns = min(power_of_two(e, 16), 64 if rows <= 128 and self.chunk == 64 else 32)
         warps = 4 if rows * columns <= 64 * 64 else 8
         options = {"CHUNK": self.chunk, "BD": rows, "BE": columns, "PRECISION": self.precision}
-        return -(-e // columns), options | {"num_warps": warps, "num_stages": 2 if half else 1}
+        return -(-e // columns), options | {"num_warps": warps, "num_stages": 3 if half else 1}
 
 
 def _strides(*tensors: Tensor) -> list[int]:

@@ -171,7 +171,7 @@ def _gradients(
     """Gradients of a chunk's inputs and steps, and its part of those of the rates, which takes the place of ``ends``.
 
     ``starts`` (b room s e) are the states before the chunks, ``ends`` (b chunks s e) what comes back to those after. Parts of
-    the gradients of the weights and readers go to (b g blocks tokens s), with room for whole chunks of tokens, or (b chunks s e) if constant.
+    the gradients of the weights and readers go to (b g blocks tokens s), with room for whole chunks, or (b chunks s e).
     """
     batch, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     channel, within, group = _channels(blocks, width, BLOCK)
