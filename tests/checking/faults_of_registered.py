@@ -82,3 +82,21 @@ class ChannelGroupWithPositions(registered("channel_group")):
     def forward(self, x, context=None, *, mask=None, context_mask=None, pair_mask=None, grid=None):
         places = torch.linspace(0, 1, x.shape[1], device=x.device, dtype=x.dtype)
         return super().forward(x + places[:, None], mask=mask, grid=grid)
+
+
+@plant("combined_pieces", "memory 'sum'")
+class SummariesForgetToDecay(registered("lightning")):
+    def fold(self, earlier, later):
+        return super().fold(earlier, later) | {"sum": earlier["sum"] + later["sum"]}
+
+
+@plant("combined_pieces", "memory 'ssm'")
+class SummaryWithoutLookback(registered("mamba")):
+    def opening(self, x, before=None):
+        return super().opening(x)
+
+
+@plant("dynamics_are_the_mixing_matrix", "with a mask")
+class DynamicsOfPadding(registered("delta_net")):
+    def recurrence(self, x, mask):
+        return super().recurrence(x, None)
