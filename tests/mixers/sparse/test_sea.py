@@ -146,13 +146,18 @@ def test_masked_tokens(causal, block, monkeypatch) -> None:
 
 
 def test_few_keys_are_gathered() -> None:
-    budget = Budget(2, 8, "causal_batch")
-    assert budget.most_keys(32, 2) < 32
+    for kept, columns, scope, heads in [(2, 8, "causal_batch", 2), (1, 4, "causal_batch", 3), (3, 16, "query", 2)]:
+        budget = Budget(kept, columns, scope)
+        for most in (1, 5, 40, 100):
+            lengths = torch.arange(1, most + 1)
+            keys = torch.minimum(lengths, budget.of(lengths, heads).clamp(max=columns) * -(-lengths // columns)).max()
+            assert int(keys) <= budget.most_keys(most, heads) <= most
+        assert budget.most_keys(100, heads) < 100
     mixer, x = _build(causal=True), tokens(40, DIM)
     with record(mixer) as tape:
         mixer(x)
     pairs = kept_pairs(tape["chosen"], torch.arange(1, 41)[None], 40)
-    assert int(pairs.sum(-1).max()) <= budget.most_keys(40, 2)
+    assert int(pairs.sum(-1).max()) <= mixer.budget.most_keys(40, HEADS)
     assert bool((pairs.sum((1, 3)) > 0).all())
 
 

@@ -104,6 +104,7 @@ class Hyena(StreamingMixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         self.rank = rank
+        self._promises = replace(self.info.supports, grid=frozenset(range(1, rank + 1)))
         super().__init__(dim, num_heads, causal=causal)
         if order < 2:
             raise ValueError(f"order: expected at least 2, got {order}")
@@ -152,7 +153,7 @@ class Hyena(StreamingMixer):
     @property
     def supports(self) -> Supports:
         """Grids of up to ``rank`` axes."""
-        return replace(super().supports, grid=frozenset(range(1, self.rank + 1)))
+        return self._promises
 
     def begin(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         """Nothing read."""

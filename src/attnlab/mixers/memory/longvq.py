@@ -27,7 +27,15 @@ from attnlab.ops.backends import accumulate_dtype
     family="memory",
     paper="longvq",
     supports=Supports(causal="optional", streaming=True, mixing_matrix=True, state="bounded", discontinuous=True, cost=1.0),
-    example={"codebook_size": 6, "window": 3, "key_dim": 32, "structure_dim": 2, "codebook_std": 0.5, "highway": False},
+    example={
+        "codebook_size": 6,
+        "window": 3,
+        "key_dim": 32,
+        "structure_dim": 2,
+        "codebook_std": 0.5,
+        "highway": False,
+        "update": "manual",
+    },
 )
 class LongVQ(StreamingMixer):
     r"""Attention to a codebook and a window, on top of a state-space layer (Liu et al. 2024). A RECONSTRUCTION.
@@ -49,7 +57,9 @@ class LongVQ(StreamingMixer):
     ``sums`` (b, h, S, e + 1) of values and counts of each codeword in float32 or wider, the w last ``keys``, ``values``,
     ``codes`` and ``real``, and ``structure``.
 
-    In training mode `forward` moves the codebook on after it used it (`Codebook`); `extend` does not, nor does evaluation.
+    With ``update="forward"`` `forward` in training mode moves the codebook on after it used it (`Codebook`); `extend` does not,
+    nor does evaluation. `update_codebook` does so when it is called, the only way with ``update="manual"``: for recomputed passes
+    (gradient checkpointing), which would count their keys twice.
     ``record`` collects "codes" (b, h, n) and "commitment_loss", $\beta$ times the mean of $\lVert k - \mathrm{sg}(C_z) \rVert^2$
     over real tokens, to be added to the loss.
 
@@ -67,6 +77,7 @@ class LongVQ(StreamingMixer):
         decay: g of the codebook's averages.
         codebook_std: of the codewords before any key was seen.
         commitment: $\beta$.
+        update: when the codebook learns, "forward" or "manual".
         device: of the parameters.
         dtype: of the parameters.
 
@@ -76,9 +87,7 @@ class LongVQ(StreamingMixer):
     Differs from the paper: beyond what is said above, the gradient of a score reaches its key within the window alone (further
     back keys are only known by their sums; the commitment loss reaches all). The pre-norm and the residual path are part of the
     mechanism's gate and stand in here. Codewords begin as small random vectors; `seed_codebook` draws them among the keys of a
-    batch by k-means++. A masked token is passed over by the averages and keeps its place in the window. Recomputing a forward
-    pass in training mode (gradient checkpointing) counts its keys twice: put ``mixer.codebook`` in evaluation mode and call
-    its ``update``.
+    batch by k-means++. A masked token is passed over by the averages and keeps its place in the window.
     """
 
     def __init__(
@@ -97,6 +106,7 @@ class LongVQ(StreamingMixer):
         decay: float | int = 0.99,
         codebook_std: float | int = 0.02,
         commitment: float | int = 1e-4,
+        update: str = "forward",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -104,12 +114,15 @@ class LongVQ(StreamingMixer):
         for name, size in (("window", window), ("expand", expand)):
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
+        if update not in ("forward", "manual"):
+            raise ValueError(f"update: expected 'forward' or 'manual', got {update!r}")
         if commitment < 0:
             raise ValueError(f"commitment: expected a number of at least 0, got {commitment}")
         if key_dim < 1 or key_dim % num_heads:
             raise ValueError(f"key_dim: expected a multiple of num_heads={num_heads}, got {key_dim}")
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.window, self.commitment, self.highway, self.inner = window, commitment, highway, expand * dim
+        self.learns = update == "forward"
         self.norm = nn.LayerNorm(dim, **place)
         self.structure = Structure(dim, structure_dim, structure, causal=causal, **place)
         self.key_proj = nn.Linear(dim, key_dim, **place)
@@ -178,7 +191,7 @@ class LongVQ(StreamingMixer):
         self.emit("codes", codes)
         self.emit("commitment_loss", lambda: self.commitment * self.codebook.distance(k, codes, masks.query))
         y = self._gate(x, a, o)
-        if self.codebook.training:
+        if self.learns and self.codebook.training:
             self.codebook.update(k, codes, masks.query)
         return y
 
@@ -194,12 +207,18 @@ class LongVQ(StreamingMixer):
         identity = torch.eye(x.shape[1], device=x.device, dtype=v.dtype).expand(*v.shape[:2], -1, -1)
         return self._attend(q, k, identity, self.codebook.nearest(k), masks.query)
 
+    @torch.no_grad()
+    def update_codebook(self, x: Float[Tensor, "b n c"], *, mask: Bool[Tensor, "b n"] | None = None) -> None:
+        """Move the codebook on by the keys of these tokens."""
+        k = self._project(zero_masked(x, mask), None, mask)[2]
+        self.codebook.update(k, self.codebook.nearest(k), mask)
+
+    @torch.no_grad()
     def seed_codebook(
         self, x: Float[Tensor, "b n c"], *, mask: Bool[Tensor, "b n"] | None = None, generator: torch.Generator | None = None
     ) -> None:
         """Draw the codewords among the keys of these tokens by k-means++, from ``generator``."""
-        with torch.no_grad():
-            k = self._project(zero_masked(x, mask), None, mask)[2]
+        k = self._project(zero_masked(x, mask), None, mask)[2]
         self.codebook.seed(k, mask, generator)
 
     def _attend(

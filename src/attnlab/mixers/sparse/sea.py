@@ -129,6 +129,8 @@ class SEA(AttentionMixer, StreamingMixer):
         generator: torch.Generator | None = None,
         **options: Unpack[AttentionOptions],
     ) -> None:
+        self.budget = Budget(num_kept, estimate_dim, scope)
+        self._promises = replace(self.info.supports, cost=2.0) if self.budget.across_queries else self.info.supports
         super().__init__(dim, num_heads, **options)
         if self.num_kv_heads != num_heads:
             raise ValueError(f"num_kv_heads: expected {num_heads}, since the estimator pairs heads, got {self.num_kv_heads}")
@@ -136,7 +138,6 @@ class SEA(AttentionMixer, StreamingMixer):
             raise ValueError(f"position: expected 'none', got {self.position_name!r}")
         if feature_factor <= 0:
             raise ValueError(f"feature_factor: expected a positive number, got {feature_factor}")
-        self.budget = Budget(num_kept, estimate_dim, scope)
         if self.causal and self.budget.across_queries:
             raise ValueError(f"scope: expected 'query' or 'causal_batch' with causal=True, got {scope!r}: queries would compete")
         place: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
@@ -150,9 +151,7 @@ class SEA(AttentionMixer, StreamingMixer):
     @property
     def supports(self) -> Supports:
         """Scopes over queries let a query keep all keys."""
-        budget = getattr(self, "budget", None)
-        have = super().supports
-        return replace(have, cost=2.0) if budget is not None and budget.across_queries else have
+        return self._promises
 
     def redraw(self, generator: torch.Generator | None = None) -> None:
         """Replace the random directions by new ones."""

@@ -78,9 +78,13 @@ class Budget:
         """The most keys that a query of a head can keep where there are up to ``num_keys``."""
         if self.across_queries:
             return num_keys
-        lengths = torch.arange(1, num_keys + 1)
-        columns = self.of(lengths, heads).clamp(max=self.columns)
-        return min(num_keys, int((columns * -(-lengths // self.columns)).max()))
+        share = self.kept * self.columns * (heads if self.scope == "causal_batch" else 1)
+        best = 0
+        for columns in range(1, self.columns + 1):
+            # the longest row that is given so many: share / length rounds to them
+            length = num_keys if columns == 1 else min(num_keys, 2 * share // (2 * columns - 1))
+            best = max(best, min(length, columns * -(-length // self.columns)))
+        return best
 
 
 def column_of(rank: Int[Tensor, "*s"], lengths: Int[Tensor, "*s2"], columns: int) -> Int[Tensor, "*s3"]:
