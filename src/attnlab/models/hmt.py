@@ -47,7 +47,7 @@ class HierarchicalMemory(nn.Module):
         dim: width.
         segment: S.
         memory_size: M.
-        num_preserved: k, tokens of the segment before that the model sees again.
+        num_preserved: k, tokens before the segment that the model sees again.
         summary_fraction: phi, the part of the segment that is summarised; at least one token.
         summary: "current" as in the paper: how much of which memory its first token sees depends on the first half of its own
             segment, so that the whole is causal by segments only. "previous": the last part of the segment before is
@@ -226,7 +226,7 @@ class HierarchicalMemoryLM(nn.Module):
         model: a `CausalLM`; its parameters are used, not copied.
         segment: tokens of a segment.
         memory_size: segments that are remembered.
-        num_preserved: tokens of the segment before that the model sees again.
+        num_preserved: tokens before a segment that the model sees again.
         summary_fraction: the part of a segment that is summarised.
         summary: "current" (the paper's) or "previous" (no logit depends on a later token).
         recall_dim: width of the queries and keys of recall; by default the model's.

@@ -25,7 +25,7 @@ _CACHED = ("recalled_keys", "recalled_values", "own_keys", "own_values")
 
 
 class _Piece(NamedTuple):
-    """What the tokens of a segment bring: queries, recall queries, keys and values of their own."""
+    """What the tokens of a segment bring: queries, queries for recall, keys and values of their own in the segment's slots."""
 
     q: Float[Tensor, "b h m d"]
     recall: Float[Tensor, "b e m f"]
@@ -136,13 +136,14 @@ class TitansContext(MemoryMixer):
         total, step = place + aligned.count, n == 1
         slots = torch.arange(aligned.length, device=x.device)
         known, live = slots[:size] < place[:, None], aligned.live
+        # A single token asks alone; the keys and values of a segment always have all its slots.
         whole = _Piece(*(t if step and i < 2 else aligned.spread(t) for i, t in enumerate(whole)))
         memory, recalled = state.part("store."), tuple(state.part("recalled.").values())
         cached = {name: state[name] for name in _CACHED}
         outputs = []
         pieces = (_Piece(*parts) for parts in zip(*(t.split(size, 2) for t in whole), strict=True))
         for index, piece in enumerate(pieces):
-            reached = total > index * size
+            reached = total > index * size  # examples that have a token here; the others stay where they ended
             begins = reached & (place == 0) if index == 0 else reached
             recalled = _where(begins, unpack(memory).memory, recalled)
             read = self._heads_of(read_memory(piece.recall, recalled, activation=self.store.activation))
