@@ -106,18 +106,7 @@ class Hyena(StreamingMixer):
         self.rank = rank
         self._promises = replace(self.info.supports, grid=frozenset(range(1, rank + 1)))
         super().__init__(dim, num_heads, causal=causal)
-        if order < 2:
-            raise ValueError(f"order: expected at least 2, got {order}")
-        if rank not in (1, 2, 3):
-            raise ValueError(f"rank: expected 1, 2 or 3, got {rank}")
-        if directions not in DIRECTIONS:
-            raise ValueError(f"directions: expected one of {DIRECTIONS}, got {directions!r}")
-        if causal and directions not in ("standard", "parallel"):
-            raise ValueError(f"directions: expected 'standard' or 'parallel' with causal=True, got {directions!r}")
-        if window == "symmetric" and filter_kind == "product":
-            raise ValueError("window: expected another than 'symmetric' with filter_kind='product', whose axes are apart")
-        if scale not in ("official", "none"):
-            raise ValueError(f"scale: expected 'official' or 'none', got {scale!r}")
+        _check(order, rank, directions, causal, filter_kind, window, scale)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.order, self.directions, self.max_side = order, directions, max_side
         self.groups = 4 if directions == "parallel" else 1
@@ -284,3 +273,18 @@ class Hyena(StreamingMixer):
     def _heads(self, copies: list[Float[Tensor, "bg c *grid"]], batch: int) -> Float[Tensor, "b h n 1"]:
         """Every channel of every copy and group as a head."""
         return torch.cat([y.reshape(batch, -1, *y.shape[2:]).flatten(2) for y in copies], dim=1).unsqueeze(-1)
+
+
+def _check(order: int, rank: int, directions: str, causal: bool, filter_kind: str, window: str, scale: str) -> None:
+    if order < 2:
+        raise ValueError(f"order: expected at least 2, got {order}")
+    if rank not in (1, 2, 3):
+        raise ValueError(f"rank: expected 1, 2 or 3, got {rank}")
+    if directions not in DIRECTIONS:
+        raise ValueError(f"directions: expected one of {DIRECTIONS}, got {directions!r}")
+    if causal and directions not in ("standard", "parallel"):
+        raise ValueError(f"directions: expected 'standard' or 'parallel' with causal=True, got {directions!r}")
+    if window == "symmetric" and filter_kind == "product":
+        raise ValueError("window: expected another than 'symmetric' with filter_kind='product', whose axes are apart")
+    if scale not in ("official", "none"):
+        raise ValueError(f"scale: expected 'official' or 'none', got {scale!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -173,7 +173,7 @@ class LongVQ(StreamingMixer):
         )
         kept = {name: t[:, -self.window :] if name == "real" else t[:, :, -self.window :] for name, t in both.items()}
 
-        return self._gate(x, a, o), State({"sums": sums, **kept, "structure": structure})
+        return self._gate(x, a, o), State({"sums": cast("Tensor", sums), **kept, "structure": structure})
 
     def mix(
         self,

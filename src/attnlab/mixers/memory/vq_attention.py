@@ -31,7 +31,7 @@ def vq_attention(
     *,
     key_mask: Bool[Tensor, "b m"] | None = None,
     state: Float[Tensor, "b h s e1"] | None = None,
-) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h s e1"]]:
+) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h s e1"] | None]:
     r"""Output, and the sums of what the window has left behind.
 
     For the query at position p, $o = \sum_j e^{s_j} v_j / \sum_j e^{s_j}$ with $s_j = d^{-1/2} q^\top k_j + B_{p-j}$ where
@@ -50,8 +50,7 @@ def vq_attention(
             (b, h, S, e + 1). None: not causal.
 
     Returns:
-        The output (b, h, n, e), and the state after it; not causal the sums over all keys. At a masked token the output has no
-        meaning.
+        The output (b, h, n, e), and the state after it or None. At a masked token the output has no meaning.
     """
     real = torch.ones_like(codes[:, 0], dtype=torch.bool) if key_mask is None else key_mask
     near = _window(q, k, v, bias, real, causal=state is not None)
@@ -68,7 +67,7 @@ def _beyond(
     reach: int,
     real: Bool[Tensor, "b m"],
     state: Float[Tensor, "b h s e1"] | None,
-) -> tuple[Partial, Float[Tensor, "b h s e1"]]:
+) -> tuple[Partial, Float[Tensor, "b h s e1"] | None]:
     """Attention over the keys beyond the window, and the state. Sums are in float32 or wider."""
     n, window = q.shape[2], reach if state is not None else (reach + 1) // 2
     wide = accumulate_dtype(q.dtype)
@@ -86,7 +85,6 @@ def _beyond(
     if state is None:
         behind = _delayed(weights, hot, sums, window)
         far = behind + _delayed(weights.flip(2), hot.flip(2), sums.flip(2), window).flip(2)
-        state = hot.mT @ sums
     else:
         far, state = linear_attention(weights, hot[:, :, :n], sums[:, :, :n], initial_state=state)
     total = far[..., -1]
