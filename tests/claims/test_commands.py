@@ -34,6 +34,13 @@ def test_one_claim_is_shown_with_its_thresholds():
     assert "lower end of gap >= 0.05" in text and "@misc{deltanet," in text
 
 
+def test_what_is_not_yet_measured_says_why():
+    waiting = [c for c in claims().values() if c.id not in outcomes() and c.pending]
+    for subject in waiting:
+        assert subject.pending in run("show", subject.id).replace("\n", " ")
+    assert all(row["pending"] == "" for row in json.loads(run("--json")) if row["measured"])
+
+
 def test_a_run_shows_what_it_measured(tmp_path):
     out = tmp_path / "outcomes.json"
     text = run("run", "lightning-exact", "--cells", str(tmp_path / "cells"), "--out", str(out))
@@ -50,6 +57,7 @@ def test_what_was_measured_otherwise_is_not_shown_as_an_outcome():
     ("arguments", "message"),
     [
         (["rn"], "unknown action 'rn'; did you mean 'run'?"),
+        (["recall-mamba"], "did you mean 'attnlab claims show recall-mamba'?"),
         (["show", "recall-mambo"], "did you mean 'recall-mamba'"),
         (["run", "nonsense!"], "unknown claim 'nonsense!'; known: "),
         (["run", "lightning-exact", "--threads", "0"], "threads: expected at least 1, got 0"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attnlab.claims.cells import Cells
-from attnlab.claims.measures import copying, rank, recall, streaming, weights
+from attnlab.claims.measures import copying, partitions, rank, recall, streaming, weights
 from attnlab.compare.layers import Layer
 from attnlab.tasks.contract import IGNORE
 
@@ -133,3 +133,17 @@ def test_selection_compares_at_each_best_rate(tmp_path):
     found = copying.selection(Cells(tmp_path), mixer="mamba", selective={}, invariant={"selective": []}, setup=setup)
     both = found.quantities["selective"].mean - found.quantities["invariant"].mean
     assert found.quantities["gap"].mean == pytest.approx(both)
+
+
+def test_expansion_tells_the_gain_of_the_largest_state(tmp_path):
+    found = partitions.expansion(
+        Cells(tmp_path),
+        mixer="sparse_state_expansion",
+        option="num_partitions",
+        sizes=[2, 3],
+        options={"head_dim": 4},
+        setup={**TINY, "learning_rates": [0.01]},
+    )
+    gain = found.quantities["accuracy_3"].mean - found.quantities["accuracy_2"].mean
+    assert found.quantities["gain"].mean == pytest.approx(gain)
+    assert found.quantities["rises"].mean == float(gain > 0)

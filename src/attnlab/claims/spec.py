@@ -67,6 +67,7 @@ class Claim:
         reproduced: conditions that all hold if the claim is reproduced.
         partly: conditions that all hold if it is reproduced in part; none: there is no part.
         not_testable: why it cannot be measured here; empty if it can.
+        pending: why there is no outcome yet; of no account once there is one.
     """
 
     id: str
@@ -81,6 +82,7 @@ class Claim:
     reproduced: tuple[Condition, ...] = ()
     partly: tuple[Condition, ...] = ()
     not_testable: str = ""
+    pending: str = ""
 
     def __post_init__(self) -> None:
         paper(self.paper)

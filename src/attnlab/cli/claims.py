@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from attnlab.claims import Claim, Outcome, claim, claims, outcomes, run_claims
-from attnlab.claims.outcomes import is_stale
+from attnlab.claims.outcomes import is_stale, settled, thresholds
 from attnlab.cli.console import console, plain_table, print_json
 from attnlab.core.errors import UnknownNameError, nearest
 from attnlab.papers.catalog import citation, paper
@@ -40,6 +40,7 @@ def claims_command(
     """
     if action not in ACTIONS:
         hint = nearest(action, ACTIONS) or f"; actions: {', '.join(ACTIONS)}"
+        hint = f"; did you mean 'attnlab claims show {action}'?" if action in claims() else hint
         raise UnknownNameError(f"unknown action {action!r}{hint}")
     chosen = [claim(name) for name in ids] if ids else list(claims().values())
     if action == "run":
@@ -84,8 +85,6 @@ def measured_text(subject: Claim, outcome: Outcome | None) -> str:
 
 def claim_data(subject: Claim, outcome: Outcome | None) -> dict[str, Any]:
     """A claim with its outcome as plain data."""
-    from attnlab.claims.outcomes import settled, thresholds
-
     source = paper(subject.paper)
     return {
         "id": subject.id,
@@ -98,6 +97,7 @@ def claim_data(subject: Claim, outcome: Outcome | None) -> dict[str, Any]:
         "settings": settled(subject),
         "thresholds": thresholds(subject),
         "not_testable": subject.not_testable,
+        "pending": subject.pending if outcome is None else "",
         "outcome": state(subject, outcome),
         "measured": None if outcome is None else outcome.record(),
     }
@@ -137,6 +137,7 @@ def _print_one(subject: Claim, outcome: Outcome | None, *, first: bool) -> None:
     rows += [("reproduced if", "; ".join(condition.text for condition in subject.reproduced))]
     rows += [("partly if", "; ".join(condition.text for condition in subject.partly))]
     rows += [("outcome", state(subject, outcome))]
+    rows += [("pending", subject.pending if outcome is None else "")]
     if outcome is not None:
         rows += [("", f"{name} {quantity.text}") for name, quantity in outcome.quantities.items()]
         machine = outcome.machine

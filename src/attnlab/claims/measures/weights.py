@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ def sharpness(
                 # Of softmax the two keys are those that it weighs most and least: only its own order makes a ratio above 1.
                 pair = (row.max(), row.min()) if label == "softmax" else (row[strong], row[weak])
                 ratios[label].append(float((pair[0] / pair[1]).log()))
-        rises = all(b > a for a, b in zip(ratios["aware"], ratios["aware"][1:], strict=False))
+        rises = all(later > earlier for earlier, later in pairwise(ratios["aware"]))
         return {"log_ratios": ratios, "rises": float(rises)}
 
     settings = {"linear": dict(linear), "aware": dict(aware), "softmax": dict(softmax), "head_dim": head_dim, "keys": keys}
