@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from attnlab import BackendUnavailableError, explain_backend
 from attnlab.ops.linear_attention import linear_attention
 from ops import triton_cases as cases
 
-pytest.importorskip("triton", reason="Triton is not installed: it comes with PyTorch for CUDA, and with pip on Linux")
+if find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
 
 Run = Callable[..., Any]
 BOTH = [torch.float32, torch.bfloat16]
@@ -22,8 +24,8 @@ LINEAR = [
     (2, 3, 33, 5, 7, True, True),
     (2, 1, 65, 8, 3, False, False),
     (1, 1, 130, 5, 70, True, True),
-    (1, 1, 40, 140, 18, True, False),
-    (1, 1, 20, 3, 270, False, True),
+    (1, 1, 40, 100, 18, True, False),
+    (1, 1, 20, 3, 140, False, True),
 ]
 SCANS = [
     (1, 1, 3, 2, "token", "token", True),
@@ -39,7 +41,7 @@ if torch.cuda.is_available():  # too slow to interpret
         (2, 3, 1000, 64, 64, True, True),
         (1, 2, 3001, 128, 128, True, True),
         (2, 8, 700, 64, 65, False, True),
-        (1, 2, 333, 256, 256, True, True),
+        (1, 2, 333, 32, 256, True, True),
         (1, 2, 500, 100, 200, True, False),
     ]
     SCANS += [
@@ -100,7 +102,7 @@ def test_compiled_whole(run):
     [
         (torch.zeros(1, 1, 2, 4), "Triton needs a GPU"),
         (torch.zeros(1, 1, 2, 4, dtype=torch.float64), "float32 and bfloat16, got torch.float64"),
-        (torch.zeros(1, 1, 2, 257), "width 256 at most, got 257"),
+        (torch.zeros(1, 1, 2, 129), "width 128 at most, got 129"),
     ],
 )
 def test_what_the_kernels_do_not_take_is_refused(sample, reason):

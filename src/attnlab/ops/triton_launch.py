@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cache
 from importlib import import_module
 
 import torch
@@ -18,8 +17,11 @@ from torch import Tensor
 SHORTEST = 256
 """Tokens of the shortest segment: below it the states between segments move more bytes than the tokens do."""
 
-WIDEST = 256
+WIDEST = 128
 """Width of the widest head: a program holds all rows of some columns of its state in registers."""
+
+OLDEST = (3, 6)
+"""The first version of Triton with which the kernels were compiled."""
 
 _absence: list[str | None] = []
 
@@ -49,8 +51,9 @@ def _no_device(kind: str, index: int | None) -> str | None:
         return f"the tensors are on {kind}, and Triton needs a GPU, or TRITON_INTERPRET=1 for its interpreter"
     if not _absence:
         try:
-            import_module("triton")
-            _absence.append(None)
+            version = import_module("triton").__version__
+            old = tuple(map(int, version.split(".")[:2])) < OLDEST
+            _absence.append(f"the kernels need Triton {OLDEST[0]}.{OLDEST[1]} or later, got {version}" if old else None)
         except Exception as error:  # a Triton that is installed and broken fails in many ways, and none may reach the user
             _absence.append(f"Triton cannot be imported ({type(error).__name__}: {error})")
     return _absence[0]
@@ -62,25 +65,12 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
 
 
 def dot_precision(x: Tensor) -> str:
-    """How kernels multiply rows like ``x``.
+    """How kernels multiply rows like ``x``: never in TF32; half precisions go to tensor cores as they are.
 
-    Half precisions go to tensor cores as they are, and float32 in TF32 only where PyTorch's own products may. Otherwise as six
-    products of bfloat16, which lose no more than products in float32 do (measured), or in float32 where Triton has no such.
     The interpreter would multiply the bits of bfloat16 numbers as integers, so that there they are widened, which changes no
     product.
     """
-    if not x.is_cuda:
-        return "ieee" if x.dtype == torch.float32 else "widened"
-    if x.dtype != torch.float32:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else _exact()
-
-
-@cache
-def _exact() -> str:
-    """How this Triton multiplies in float32 on tensor cores, if it can."""
-    known = getattr(import_module("triton.backends.nvidia.compiler").CUDAOptions, "allowed_dot_input_precisions", ())
-    return "bf16x6" if "bf16x6" in known else "ieee"
+    return "widened" if x.dtype != torch.float32 and not x.is_cuda else "ieee"
 
 
 def power_of_two(size: int, least: int = 1) -> int:

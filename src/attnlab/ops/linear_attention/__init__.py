@@ -58,7 +58,7 @@ def linear_attention(
         initial_state: S_0 (b, h, d, e); None: zeros.
         causal: whether token i reads tokens 0..i or all.
         backend: "auto", "reference" (token by token), "eager" (chunks of 64; gradients once differentiable) or "triton" (on a
-            GPU, float32 and bfloat16, heads of width 256 at most; likewise).
+            GPU, float32 and bfloat16, keys of width 128 at most; likewise).
 
     Returns:
         The output (b, h, n, e) in the dtype of the inputs, and the last state (b, h, d, e), in float32 for half precisions.

@@ -6,7 +6,7 @@ map $\bar L$, which runs from the last token to the first,
 $$dQ = L(dO, V, K; S_0^\top), \quad dV = \bar L(K, Q, dO; R), \quad dK = \bar L(V, dO, Q; R^\top),$$
 
 and the gradient of $S_0$ is the last state of $\bar L(K, Q, dO; R)$. Products of half-precision rows run on tensor cores with
-float32 sums; those of float32 rows take no TF32 unless PyTorch's own products may.
+float32 sums; those of float32 rows do not, as that would take TF32.
 """
 
 from __future__ import annotations
@@ -65,31 +65,32 @@ class Rows(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How the kernels cut n tokens: segments, their tokens, and those of a chunk."""
+    """How the kernels cut tokens and states: segments and their tokens, the tokens of a chunk, the columns of a tile."""
 
     segments: int
     span: int
     chunk: int
-    precision: str
+    columns: int
 
     @classmethod
     def build(cls, q: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n e"]) -> Plan:
         """The plan for the GPU of ``q``."""
         b, h, n, d = q.shape
-        precision = dot_precision(q)
-        # Without tensor cores a thread holds whole rows of a product's factors.
-        chunk = min(16 if precision == "ieee" and q.dtype == torch.float32 else 64, power_of_two(n, 16))
+        chunk, columns = 64, 64
+        if q.dtype == torch.float32:
+            # Without tensor cores a thread holds whole rows of both factors, which limits how many it can have.
+            chunk, columns = (16, 32) if max(d, v.shape[-1]) <= 64 else (32, 64)
+        chunk = min(chunk, power_of_two(n, 16))
         span = segment_length(q, n, b * h * -(-min(d, v.shape[-1]) // 64), chunk)
-        return cls(-(-n // span), span, chunk, precision)
+        return cls(-(-n // span), span, chunk, columns)
 
     def tiles(self, d: int, e: int, like: Tensor) -> tuple[int, dict[str, Any]]:
         """Tiles of the columns of a (d, e) state whose rows one program holds, and the options of its kernel."""
-        rows = power_of_two(d, 16)
-        half = like.dtype != torch.float32
-        columns = min(power_of_two(e, 16), 64 if rows <= 128 and self.chunk == 64 else 32)
-        warps = 4 if rows * columns <= 64 * 64 else 8
-        options = {"CHUNK": self.chunk, "BD": rows, "BE": columns, "PRECISION": self.precision}
-        return -(-e // columns), options | {"num_warps": warps, "num_stages": 3 if half else 1}
+        rows, columns = power_of_two(d, 16), min(power_of_two(e, 16), self.columns)
+        small = rows * columns <= 64 * 64
+        stages = 1 if like.dtype == torch.float32 else 3 if small else 2
+        options = {"CHUNK": self.chunk, "BD": rows, "BE": columns, "PRECISION": dot_precision(like)}
+        return -(-e // columns), options | {"num_warps": 4 if small else 8, "num_stages": stages}
 
 
 def _strides(*tensors: Tensor) -> list[int]:

@@ -19,7 +19,7 @@ from attnlab.ops.triton_launch import on_device, packed, power_of_two, segment_l
 CHUNK = 8
 """Tokens whose states backward holds in registers."""
 
-WALKERS, LANES = 64, 128
+WALKERS, LANES = 32, 128
 """Channels of a program that walks, and of one that computes gradients: what channels share is summed over them first."""
 
 SHORTEST = 64
