@@ -17,6 +17,7 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -155,7 +156,9 @@ def _scans(gates: Float[Tensor, "r chunks c 4"]) -> list[_Scans]:
 
 def _unit_lower(factor: Float[Tensor, "r chunks c"], right: Tensor) -> Float[Tensor, "r chunks c1 _"]:
     """The scan ``x_t = factor_t x_{t-1} + right_t`` from the row 0 of ``right`` on."""
-    system = torch.diag_embed(-factor, offset=-1)
+    index = torch.arange(factor.shape[-1] + 1, device=factor.device)
+    below = (index[:, None] == index + 1).to(factor.dtype)
+    system = F.pad(-factor, (1, 0)).unsqueeze(-1) * below
     return torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
 
 
