@@ -23,6 +23,21 @@ def test_auto_prefers_triton_only_on_a_gpu_and_says_why() -> None:
     assert "cpu" in choice.reason
 
 
+class OnGPU:
+    """Stands for a tensor on a GPU, where there is none."""
+
+    is_cuda, device = True, torch.device("cuda")
+
+
+def test_auto_leaves_alone_what_is_untried_and_an_explicit_choice_does_not() -> None:
+    kernels = {"eager": abs, "triton": abs}
+    choice = Op("untried_op", kernels, untried={"triton": "never ran"}).explain("auto", OnGPU())  # type: ignore[arg-type]
+    assert (choice.backend, choice.reason) == ("eager", "triton is out: never ran")
+    tried = Op("untried_op", kernels)
+    assert tried.explain("auto", OnGPU()).backend == "triton"  # type: ignore[arg-type]
+    assert Op("untried_op", kernels, untried={"triton": "never ran"}).explain("triton", torch.zeros(1)).backend == "triton"
+
+
 def test_use_backend_is_undone() -> None:
     with use_backend("reference"):
         assert explain_backend("attention", torch.zeros(1)).backend == "reference"

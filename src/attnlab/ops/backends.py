@@ -36,11 +36,13 @@ class Op:
         name: the operator's name, as `attnlab.explain_backend` takes it.
         implementations: backend name to a function, or to ``"module:function"`` for one that is imported when first used.
         limits: backend name to a function of the first tensor that returns a reason why it cannot run there, or None.
+        untried: backend name to what is not proven of it yet: it runs where it is asked for, and "auto" leaves it alone.
     """
 
     name: str
     implementations: Mapping[str, Callable[..., Any] | str]
     limits: Mapping[str, Callable[[Tensor], str | None]] = field(default_factory=dict)
+    untried: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _OPS[self.name] = self
@@ -59,7 +61,7 @@ class Op:
                 raise BackendUnavailableError(f"op {self.name!r}, backend {backend!r}: {reason}")
             return Choice(self.name, backend, "asked for")
         if "triton" in self.implementations and sample.is_cuda:
-            if (reason := self._refusal("triton", sample)) is None:
+            if (reason := self.untried.get("triton", self._refusal("triton", sample))) is None:
                 return Choice(self.name, "triton", "the input is on a GPU and the kernel supports it")
             return Choice(self.name, "eager", f"triton is out: {reason}")
         return Choice(self.name, "eager", f"the fast PyTorch path for {sample.device.type}")

@@ -20,9 +20,9 @@ Chunks = Float[Tensor, "chunks size _"]
 Scores = Float[Tensor, "chunks size size"]
 
 
-def bounded(log_decay: Float[Tensor, "bh n w"] | None) -> Float[Tensor, "bh n w"] | None:
+def bounded(log_decay: Float[Tensor, "bh n w"]) -> Float[Tensor, "bh n w"]:
     """No logarithm below what is 0 as a decay, for sums of -inf would have no differences."""
-    return None if log_decay is None else log_decay.clamp_min(-750.0 if log_decay.dtype == torch.float64 else -110.0)
+    return log_decay.clamp_min(-750.0 if log_decay.dtype == torch.float64 else -110.0)
 
 
 def chunk_size(log_decay: Float[Tensor, "bh n w"]) -> int:

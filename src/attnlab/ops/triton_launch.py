@@ -20,6 +20,9 @@ SHORTEST = 256
 WIDEST = 128
 """Width of the widest head: a program holds all rows of some columns of its state in registers."""
 
+UNTRIED = "its tests pass in the interpreter and have not passed on a GPU yet; backend='triton' and use_backend('triton') take it"
+"""Why "auto" leaves a kernel alone."""
+
 OLDEST = (3, 6)
 """The first version of Triton with which the kernels were compiled."""
 

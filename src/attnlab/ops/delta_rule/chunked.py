@@ -63,6 +63,10 @@ class Inputs(NamedTuple):
         q, k, v, beta = (landing(x, heads, segment) for x in self[:4])
         return Inputs(q, k, v, beta, gate)
 
+    def bounded(self) -> Inputs:
+        """The same with a gate whose sums have differences."""
+        return self if self.gate is None else self._replace(gate=bounded(self.gate))
+
     def like(self) -> Inputs:
         """New memory for the gradients of these."""
         gate = None if self.gate is None else torch.empty_like(self.gate, memory_format=torch.contiguous_format)
@@ -100,7 +104,7 @@ def forward(
     inputs: Inputs, state: States, scale: float
 ) -> tuple[Float[Tensor, "bh n e"], States, Float[Tensor, "bh starts d e"]]:
     """Output, state after the last token, and the states before all segments but the first, which `backward` starts from."""
-    inputs = inputs._replace(gate=bounded(inputs.gate))
+    inputs = inputs.bounded()
     plan = segments(inputs.q.shape[1], CHUNK, TILE)
     o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format)
     last = torch.empty_like(state, memory_format=torch.contiguous_format)
@@ -132,7 +136,7 @@ def backward(
     scale: float,
 ) -> tuple[Inputs, States]:
     """Gradients of the inputs and of the initial state."""
-    inputs = inputs._replace(gate=bounded(inputs.gate))
+    inputs = inputs.bounded()
     plan = segments(inputs.q.shape[1], CHUNK, TILE)
     grads, grad_state = inputs.like(), torch.empty_like(grad_last, memory_format=torch.contiguous_format)
     for heads in groups(inputs.q):

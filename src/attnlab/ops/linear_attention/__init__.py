@@ -20,7 +20,7 @@ from torch import Tensor
 from attnlab.ops.backends import Op, accumulate_dtype
 from attnlab.ops.chunks import common_dtype
 from attnlab.ops.linear_attention import eager, reference
-from attnlab.ops.triton_launch import WIDEST, limits
+from attnlab.ops.triton_launch import UNTRIED, WIDEST, limits
 
 LINEAR_ATTENTION = Op(
     "linear_attention",
@@ -30,6 +30,7 @@ LINEAR_ATTENTION = Op(
         "triton": "attnlab.ops.linear_attention.triton:linear_attention",
     },
     limits={"triton": limits((torch.float32, torch.bfloat16), WIDEST)},
+    untried={"triton": UNTRIED},
 )
 
 __all__ = ["LINEAR_ATTENTION", "linear_attention"]

@@ -10,12 +10,13 @@ from torch.nn import functional as F
 from attnlab.ops.backends import Op
 from attnlab.ops.selective_scan import eager, reference
 from attnlab.ops.selective_scan.checks import check
-from attnlab.ops.triton_launch import limits
+from attnlab.ops.triton_launch import UNTRIED, limits
 
 OP = Op(
     "selective_scan",
     {"reference": reference.scan, "eager": eager.scan, "triton": "attnlab.ops.selective_scan.triton:scan"},
     limits={"triton": limits((torch.float32,))},
+    untried={"triton": UNTRIED},
 )
 """The implementations of the core recurrence; what is pointwise is done here, for all of them."""
 
