@@ -23,18 +23,18 @@ def test_auto_prefers_triton_only_on_a_gpu_and_says_why() -> None:
     assert "cpu" in choice.reason
 
 
-class OnGPU:
-    """Stands for a tensor on a GPU, where there is none."""
+class OnGPU(torch.Tensor):
+    """Says that it is on a GPU, where there is none."""
 
-    is_cuda, device = True, torch.device("cuda")
+    is_cuda = True
 
 
 def test_auto_leaves_alone_what_is_untried_and_an_explicit_choice_does_not() -> None:
     kernels = {"eager": abs, "triton": abs}
-    choice = Op("untried_op", kernels, untried={"triton": "never ran"}).explain("auto", OnGPU())  # type: ignore[arg-type]
+    choice = Op("untried_op", kernels, untried={"triton": "never ran"}).explain("auto", torch.zeros(1).as_subclass(OnGPU))
     assert (choice.backend, choice.reason) == ("eager", "triton is out: never ran")
     tried = Op("untried_op", kernels)
-    assert tried.explain("auto", OnGPU()).backend == "triton"  # type: ignore[arg-type]
+    assert tried.explain("auto", torch.zeros(1).as_subclass(OnGPU)).backend == "triton"
     assert Op("untried_op", kernels, untried={"triton": "never ran"}).explain("triton", torch.zeros(1)).backend == "triton"
 
 
