@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnlab.ops.delta_rule import delta_rule
+from attnlab.ops.gated_linear_attention import gated_linear_attention
 from attnlab.ops.linear_attention import linear_attention
 
 
@@ -24,11 +25,26 @@ def linear(n, **options):
 
 def delta(n, **options):
     q, k, v = (torch.randn(2, n, 3, 8, **options).transpose(1, 2) for _ in range(3))
-    beta, state = torch.rand(2, n, 3, **options).transpose(1, 2), torch.randn(2, 3, 8, 8, **options)
-    return lambda q, k, v, beta, s: delta_rule(q, 0.2 * k, v, beta, initial_state=s), [q, k, v, beta, state]
+    beta, gate = (torch.rand(2, n, 3, **options).transpose(1, 2) for _ in range(2))
+    state = torch.randn(2, 3, 8, 8, **options)
+    return lambda q, k, v, beta, g, s: delta_rule(q, 0.2 * k, v, beta, log_decay=-g, initial_state=s), [
+        q,
+        k,
+        v,
+        beta,
+        gate,
+        state,
+    ]
 
 
-OPS = pytest.mark.parametrize("make", [linear, delta], ids=["linear_attention", "delta_rule"])
+def gated(n, **options):
+    q, k, v, gate = (torch.rand(2, n, 3, 8, **options).transpose(1, 2) for _ in range(4))
+    state = torch.randn(2, 3, 8, 8, **options)
+    return lambda q, k, v, g, s: gated_linear_attention(q, k, v, g, initial_state=s), [q, k, v, -gate, state]
+
+
+MAKERS = {"linear_attention": linear, "delta_rule": delta, "gated_linear_attention": gated}
+OPS = pytest.mark.parametrize("make", list(MAKERS.values()), ids=list(MAKERS))
 
 
 class Module(torch.nn.Module):
@@ -74,7 +90,7 @@ def test_compiles_once_for_all_lengths(make):
 def test_exports_with_a_dynamic_length(make):
     function, tensors = make(70)
     tokens = {2: torch.export.Dim("tokens", min=2, max=100_000)}
-    dims = [tokens, tokens, tokens, tokens if make is delta else None, None]
+    dims = [tokens if x.dim() > 2 and x.shape[2] == 70 else None for x in tensors]
     program = torch.export.export(Module(function), tuple(tensors), dynamic_shapes=(tuple(dims),))
     for n in (5, 129):
         tensors = make(n)[1]
@@ -100,9 +116,9 @@ def test_fake_tensors_have_the_shapes_strides_and_dtypes_of_real_ones(make):
     assert [(x.shape, x.stride(), x.dtype) for x in fake] == [(x.shape, x.stride(), x.dtype) for x in real]
 
 
-@pytest.mark.parametrize("name", ["linear_attention", "delta_rule"])
+@pytest.mark.parametrize("name", list(MAKERS))
 def test_custom_op_passes_the_library_checks(name):
-    _, tensors = (linear if name == "linear_attention" else delta)(70)
+    _, tensors = MAKERS[name](70)
     leaves = [x.detach().requires_grad_() for x in tensors]
     op = getattr(torch.ops.attnlab, f"{name}_forward").default
     checks = torch.library.opcheck(op, (*leaves, 1.0), raise_exception=False)

@@ -77,6 +77,32 @@ def first_state(
     return q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]) if state is None else state
 
 
+def walk(
+    count: int, edge: Float[Tensor, "g d e"], step: Callable[[int, Tensor, Tensor], None], *, reverse: bool = False
+) -> Float[Tensor, "count_1 g d e"]:
+    """States before every chunk and after the last from the first, ``edge``; or, ``reverse``, their gradients from the last.
+
+    ``step(i, source, target)`` takes chunk i's state from ``source`` and writes what it becomes to ``target``.
+    """
+    memory = edge.new_empty(count + 1, *edge.shape)
+    states = memory.unbind(0)
+    states[count if reverse else 0].copy_(edge)
+    for i in reversed(range(count)) if reverse else range(count):
+        source, target = (i + 1, i) if reverse else (i, i + 1)
+        step(i, states[source], states[target])
+    return memory
+
+
+def states_before(states: Float[Tensor, "chunks_1 g d e"]) -> Float[Tensor, "chunks d e"]:
+    """The state before each chunk, heads outermost as in a tile's chunks."""
+    return states[:-1].transpose(0, 1).flatten(0, 1)
+
+
+def states_after(states: Float[Tensor, "chunks_1 g d e"]) -> Float[Tensor, "chunks d e"]:
+    """The state after each chunk, heads outermost."""
+    return states[1:].transpose(0, 1).flatten(0, 1)
+
+
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a kernel so that an autocast region around its call doesn't lower the precision of its products."""
 

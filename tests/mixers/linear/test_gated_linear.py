@@ -61,14 +61,14 @@ def test_short_convolutions_are_those_of_delta_net() -> None:
     y, state = mixer.extend(x[:, :4], mixer.init_state(2))
     z, _ = mixer.extend(x[:, 4:], state)
     torch.testing.assert_close(torch.cat((y, z), dim=1), whole)
-    assert set(state) == {"sum", "window_q", "window_k", "window_v"}
+    assert set(state) == {"memory", "window_q", "window_k", "window_v"}
 
 
 def test_one_head_with_steps_is_a_state_space_model() -> None:
     """Linear attention as an SSM: with one decay for all states the scan of Mamba gives the same, keys as B, queries as C."""
     mixer = build("gated_linear", DIM, 1, decay="step")
     x = tokens(12, DIM).detach()
-    steps, _ = mixer._project(x, mixer.init_state(2), None)
+    steps = mixer._whole(x, None)
     delta = mixer.decay.steps(x)[:, 0]
     keys = steps.k[:, 0] / delta
     A = -mixer.decay.A_log.exp().expand(DIM, DIM)

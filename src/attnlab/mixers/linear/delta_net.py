@@ -7,23 +7,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from attnlab.core.catalog import mixers
-from attnlab.core.dynamics import Dynamics
-from attnlab.core.grid import Grid
-from attnlab.core.info import Supports
-from attnlab.core.masks import Masks
-from attnlab.core.state import State
-from attnlab.core.streaming import StreamingMixer
+from attnlab.mixers.linear.stepwise import STEPWISE, StepwiseMixer, StepwiseOptions
 from attnlab.mixers.parts.decay import StepDecay
 from attnlab.mixers.parts.features import elu_plus_one
 from attnlab.mixers.parts.norms import l2_normalize, sum_normalize
-from attnlab.mixers.parts.short_convolution import ShortConvolution
-from attnlab.mixers.parts.steps import Steps, carry
-from attnlab.ops.backends import accumulate_dtype
+from attnlab.mixers.parts.steps import Steps
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -39,15 +32,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _NORMS: dict[str, Callable[[Tensor], Tensor]] = {"l2": l2_normalize, "sum": sum_normalize}
 
 
-@mixers.register(
-    "delta_net",
-    family="linear",
-    paper="deltanet",
-    supports=Supports(
-        causal="always", streaming=True, mixing_matrix=True, state="bounded", associative=True, dynamics=True, cost=1.0
-    ),
-)
-class DeltaNet(StreamingMixer):
+@mixers.register("delta_net", family="linear", paper="deltanet", supports=STEPWISE)
+class DeltaNet(StepwiseMixer):
     r"""The delta rule over the sequence (Yang et al. 2024, equations 1 to 10).
 
     For one head with state $S \in \mathbb{R}^{K \times V}$ and write strength $\beta_t$,
@@ -83,16 +69,11 @@ class DeltaNet(StreamingMixer):
     Differs from the paper: a masked token has beta 0 and enters the convolutions as zero, so that padding writes nothing.
     """
 
-    memory = ("memory",)
-
     def __init__(
         self,
         dim: int,
         num_heads: int = 4,
         *,
-        causal: bool = True,
-        expand_k: float = 1.0,
-        expand_v: float = 1.0,
         conv_size: int = 4,
         beta: str = "sigmoid",
         negative_eigenvalues: bool = False,
@@ -100,12 +81,9 @@ class DeltaNet(StreamingMixer):
         decay: bool = False,
         qk_activation: str = "silu",
         qk_norm: str = "l2",
-        norm_eps: float = 1e-5,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[StepwiseOptions],
     ) -> None:
-        super().__init__(dim, num_heads, causal=causal)
-        self.lookback = max(conv_size - 1, 0)
+        super().__init__(dim, num_heads, conv_size=conv_size, gate=gate, **options)
         for name, value, known in (
             ("qk_activation", qk_activation, list(_ACTIVATIONS)),
             ("qk_norm", qk_norm, list(_NORMS)),
@@ -113,84 +91,19 @@ class DeltaNet(StreamingMixer):
         ):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {known}, got {value!r}")
-        keys, values = round(dim * expand_k), round(dim * expand_v)
-        for name, width in (("expand_k", keys), ("expand_v", values)):
-            if width < 1 or width % num_heads:
-                raise ValueError(f"{name}: expected dim * {name} to be a positive multiple of num_heads={num_heads}, got {width}")
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        place: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         self.scale_beta = 2.0 if negative_eigenvalues else 1.0
-        self.qk_activation, self.qk_norm, self.norm_eps = qk_activation, qk_norm, norm_eps
-        self.key_dim, self.value_dim = keys // num_heads, values // num_heads
-        self.q_proj = nn.Linear(dim, keys, bias=False, **place)
-        self.k_proj = nn.Linear(dim, keys, bias=False, **place)
-        self.v_proj = nn.Linear(dim, values, bias=False, **place)
+        self.qk_activation, self.qk_norm = qk_activation, qk_norm
         self.b_proj = nn.Linear(dim, num_heads, bias=False, **place) if beta == "sigmoid" else None
-        self.g_proj = nn.Linear(dim, values, bias=False, **place) if gate else None
         self.decay = StepDecay(dim, num_heads, **place) if decay else None
-        self.out_proj = nn.Linear(values, dim, bias=False, **place)
-        self.out_norm = nn.RMSNorm(self.value_dim, eps=norm_eps, **place)
-        widths = {"q": keys, "k": keys, "v": values} if conv_size else {}
-        self.convs = nn.ModuleDict({name: ShortConvolution(width, conv_size, **place) for name, width in widths.items()})
 
-    def begin(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
-        """An empty memory and empty windows."""
-        shape = (batch_size, self.num_heads, self.key_dim, self.value_dim)
-        windows = {f"window_{name}": conv.begin(batch_size, device, dtype) for name, conv in self._named_convs()}
-        return State({"memory": torch.zeros(shape, device=device, dtype=accumulate_dtype(dtype)), **windows})
-
-    def advance(
-        self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None
-    ) -> tuple[Float[Tensor, "b n c"], State]:
-        """Write every token into the memory and read it."""
-        steps, windows = self._project(x, state, mask)
-        heads, memory = steps.run(state["memory"])
-        self.emit("values", steps.v)
-        self.emit("mixed", heads)
-        self.emit("beta", lambda: steps.beta.squeeze(-1))  # type: ignore[union-attr]
-        y = self.out_norm(heads.transpose(1, 2).to(self.out_norm.weight.dtype))
-        if self.g_proj is not None:
-            y = y * F.silu(rearrange(self.g_proj(x), "b n (h e) -> b n h e", h=self.num_heads))
-        return self.out_proj(y.flatten(2)), State({"memory": memory, **windows})
-
-    def matrix(
-        self,
-        x: Float[Tensor, "b n c"],
-        context: Float[Tensor, "b m c2"] | None,
-        masks: Masks,
-        grid: Grid,
-    ) -> Float[Tensor, "b h n m"]:
-        """What the operator makes of identity values: Householder-like products between write and read."""
-        steps, _ = self._project(x, self.begin(x.shape[0], x.device, x.dtype), masks.query)
-        identity = torch.eye(x.shape[1], device=x.device, dtype=x.dtype).expand(*steps.v.shape[:2], -1, -1)
-        return steps._replace(v=identity).run()[0]
-
-    def digest(self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None) -> State:
-        r"""A piece maps $S \mapsto P S + R$: R is the memory from zero, P (b, h, K, K) the identity's without values."""
-        written, kept = self._project(x, state, mask)[0].digest()
-        return State({"memory": written, "carry": kept})
-
-    def fold(self, earlier: State, later: State) -> dict[str, Tensor]:
-        """The later piece's map of the earlier memory; maps are composed."""
-        carried = {"carry": carry(later["carry"], earlier["carry"])} if "carry" in earlier else {}
-        return {"memory": carry(later["carry"], earlier["memory"]) + later["memory"], **carried}
-
-    def recurrence(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None) -> Dynamics:
-        r"""$\Lambda_t = I - \beta_t k_t k_t^\top$, by the decay if there is one: a product of Householder-like factors."""
-        return self._project(x, self.begin(x.shape[0], x.device, x.dtype), mask)[0].recurrence()
-
-    def _named_convs(self) -> list[tuple[str, ShortConvolution]]:
-        return [(name, conv) for name, conv in self.convs.items() if isinstance(conv, ShortConvolution)]
-
-    def _project(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Steps, dict[str, Tensor]]:
-        parts = {"q": self.q_proj(x), "k": self.k_proj(x), "v": self.v_proj(x)}
-        windows = {}
-        for name, conv in self._named_convs():
-            parts[name], windows[f"window_{name}"] = conv(parts[name], state[f"window_{name}"])
-        parts["v"] = F.silu(parts["v"])
-        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in parts.values())
+    def steps(
+        self, x: Float[Tensor, "b n c"], q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n e"]
+    ) -> Steps:
+        """Keys of length 1, strengths, and a decay if there is one."""
         activate, normalize = _ACTIVATIONS[self.qk_activation], _NORMS[self.qk_norm]
         q, k = normalize(activate(q)), normalize(activate(k))
         beta = torch.ones_like(x[..., : self.num_heads]) if self.b_proj is None else self.b_proj(x).sigmoid()
         beta = (beta * self.scale_beta).transpose(1, 2).unsqueeze(-1)
         decay = None if self.decay is None else self.decay(x)
-        return Steps(q, k, v, decay, beta, self.key_dim**-0.5).masked(mask), windows
+        return Steps(q, k, F.silu(v), decay, beta, self.key_dim**-0.5)

@@ -29,7 +29,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnlab.ops.chunks import Segment, blocks, full_precision, head_groups, land, landing, room_for_starts, segments
+from attnlab.ops.chunks import (
+    Segment,
+    blocks,
+    full_precision,
+    head_groups,
+    land,
+    landing,
+    room_for_starts,
+    segments,
+    states_after,
+    states_before,
+    walk,
+)
 from attnlab.ops.gates import SharedGates, bounded
 
 CHUNK = 32  # tokens: the triangular systems are solved one by one, so that small ones are cheaper
@@ -118,7 +130,7 @@ def forward(
             solved = _solve(tile, scale)
             states, errors = _states_and_errors(solved, tile.v, current)
             out = landing(o, heads, segment)
-            torch.bmm(solved.read[:, : segment.size], _before(states), out=out)
+            torch.bmm(solved.read[:, : segment.size], states_before(states), out=out)
             out.baddbmm_(solved.scores, errors)
             land(out, o, heads, segment)
             current = states[-1]
@@ -159,7 +171,7 @@ def _backward_tile(tile: Inputs, grad_o: Chunks, start: States, grad_last: State
     states, errors = _states_and_errors(solved, tile.v, start)
     readers = torch.baddbmm(solved.read[:, :size], solved.scores, solved.erase, alpha=-1)
     grad_states = _recur(solved.transition.mT, torch.bmm(readers.mT, grad_o), grad_last, reverse=True)
-    grad_after = _after(grad_states)
+    grad_after = states_after(grad_states)
 
     grad_errors = torch.bmm(solved.scores.mT, grad_o).baddbmm_(solved.push, grad_after)
     torch.bmm(solved.inverse.mT, grad_errors, out=out.v)
@@ -167,7 +179,7 @@ def _backward_tile(tile: Inputs, grad_o: Chunks, start: States, grad_last: State
     grad_grams = torch.bmm(pair, errors.mT)
     grad_grams[:, :size].tril_()
     grad_grams[:, size:].tril_(-1)
-    grad_both, grad_write = torch.bmm(pair, _before(states).mT), torch.bmm(errors, grad_after.mT)
+    grad_both, grad_write = torch.bmm(pair, states_before(states).mT), torch.bmm(errors, grad_after.mT)
     if gates is not None:
         grad_grams.unflatten(1, (2, -1)).mul_(gates.within.unsqueeze(1))
         grad_both.unflatten(1, (2, -1)).mul_(gates.read.unsqueeze(1))
@@ -178,7 +190,7 @@ def _backward_tile(tile: Inputs, grad_o: Chunks, start: States, grad_last: State
     torch.addcmul(grad_both[:, size:], tile.beta, grad_write, out=out.k)
     if gates is not None and out.gate is not None:
         towards = (solved.both * grad_both).unflatten(1, (2, -1)).sum(1).addcmul_(solved.write, grad_write, value=-1)
-        out.gate.copy_(gates.collect(towards, (grad_after * _after(states)).sum(-1)))
+        out.gate.copy_(gates.collect(towards, (grad_after * states_after(states)).sum(-1)))
     torch.sum(grad_write.mul_(tile.k), -1, keepdim=True, out=out.beta)
     return grad_states[0]
 
@@ -207,7 +219,7 @@ def _states_and_errors(solved: Solved, v: Chunks, start: States) -> tuple[Float[
     """States before every chunk and after the last, and E."""
     errors = torch.bmm(solved.inverse, v)
     states = _recur(solved.transition, torch.bmm(solved.push.mT, errors), start)
-    return states, errors.baddbmm_(solved.erase, _before(states), alpha=-1)
+    return states, errors.baddbmm_(solved.erase, states_before(states), alpha=-1)
 
 
 def _recur(transition: Maps, term: Maps, edge: States, reverse: bool = False) -> Float[Tensor, "chunks_1 g d e"]:
@@ -215,21 +227,8 @@ def _recur(transition: Maps, term: Maps, edge: States, reverse: bool = False) ->
     heads = edge.shape[0]
     maps = transition.unflatten(0, (heads, -1)).unbind(1)
     terms = term.unflatten(0, (heads, -1)).unbind(1)
-    count = len(maps)
-    memory = edge.new_empty(count + 1, *edge.shape)
-    states = memory.unbind(0)
-    states[count if reverse else 0].copy_(edge)
-    for i in reversed(range(count)) if reverse else range(count):
-        source, target = (i + 1, i) if reverse else (i, i + 1)
-        torch.baddbmm(terms[i], maps[i], states[source], out=states[target])
-    return memory
 
+    def step(i: int, source: Tensor, target: Tensor) -> None:
+        torch.baddbmm(terms[i], maps[i], source, out=target)
 
-def _before(states: Float[Tensor, "chunks_1 g d e"]) -> Maps:
-    """The state before each chunk, heads outermost as in the tile's chunks."""
-    return states[:-1].transpose(0, 1).flatten(0, 1)
-
-
-def _after(states: Float[Tensor, "chunks_1 g d e"]) -> Maps:
-    """The state after each chunk, heads outermost."""
-    return states[1:].transpose(0, 1).flatten(0, 1)
+    return walk(len(maps), edge, step, reverse=reverse)

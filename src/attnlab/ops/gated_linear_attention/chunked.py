@@ -18,7 +18,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnlab.ops.chunks import Segment, blocks, full_precision, head_groups, land, landing, room_for_starts, segments
+from attnlab.ops.chunks import (
+    Segment,
+    blocks,
+    full_precision,
+    head_groups,
+    land,
+    landing,
+    room_for_starts,
+    segments,
+    states_after,
+    states_before,
+    walk,
+)
 from attnlab.ops.gates import Gates, bounded, chunk_size, gates
 
 SPAN = 256  # tokens of a segment: a power of 2, whatever the chunks are
@@ -74,7 +86,7 @@ def forward(
             weights = gates(tile.log_decay, scale)
             states = _recur(weights, torch.bmm((tile.k * weights.write).mT, tile.v), current)
             out = landing(o, heads, segment)
-            torch.bmm(tile.q * weights.read, _before(states), out=out)
+            torch.bmm(tile.q * weights.read, states_before(states), out=out)
             out.baddbmm_(weights.scores(tile.q, tile.k), tile.v)
             land(out, o, heads, segment)
             current = states[-1]
@@ -117,15 +129,15 @@ def _backward_tile(tile: Inputs, grad_o: Chunks, start: States, grad_last: State
     written, read = k * weights.write, q * weights.read
     states = _recur(weights, torch.bmm(written.mT, v), start)
     grad_states = _recur(weights, torch.bmm(read.mT, grad_o), grad_last, reverse=True)
-    later = _after(grad_states)
+    later = states_after(grad_states)
 
-    torch.bmm(grad_o, _before(states).mT, out=grad_q).mul_(weights.read)
+    torch.bmm(grad_o, states_before(states).mT, out=grad_q).mul_(weights.read)
     torch.bmm(v, later.mT, out=grad_k).mul_(weights.write)
     weights.pull(q, k, torch.bmm(grad_o, v.mT), grad_q, grad_k)
     torch.bmm(written, later, out=grad_v)
     grad_v.baddbmm_(weights.scores(q, k).mT, grad_o)
     towards = (q * grad_q).addcmul_(k, grad_k, value=-1)
-    grad_decay.copy_(weights.collect(towards, (later * _after(states)).sum(-1)))
+    grad_decay.copy_(weights.collect(towards, (later * states_after(states)).sum(-1)))
     return grad_states[0]
 
 
@@ -134,21 +146,8 @@ def _recur(weights: Gates, terms: Maps, edge: States, reverse: bool = False) -> 
     heads = edge.shape[0]
     decays = weights.chunk.unsqueeze(-1).unflatten(0, (heads, -1)).unbind(1)
     parts = terms.unflatten(0, (heads, -1)).unbind(1)
-    count = len(parts)
-    memory = edge.new_empty(count + 1, *edge.shape)
-    states = memory.unbind(0)
-    states[count if reverse else 0].copy_(edge)
-    for i in reversed(range(count)) if reverse else range(count):
-        source, target = (i + 1, i) if reverse else (i, i + 1)
-        torch.addcmul(parts[i], decays[i], states[source], out=states[target])
-    return memory
 
+    def step(i: int, source: Tensor, target: Tensor) -> None:
+        torch.addcmul(parts[i], decays[i], source, out=target)
 
-def _before(states: Float[Tensor, "chunks_1 g d e"]) -> Maps:
-    """The state before each chunk, heads outermost as in the tile's chunks."""
-    return states[:-1].transpose(0, 1).flatten(0, 1)
-
-
-def _after(states: Float[Tensor, "chunks_1 g d e"]) -> Maps:
-    """The state after each chunk, heads outermost."""
-    return states[1:].transpose(0, 1).flatten(0, 1)
+    return walk(len(parts), edge, step, reverse=reverse)
