@@ -77,6 +77,7 @@ def forward(
     o = torch.empty_like(inputs.v, memory_format=torch.contiguous_format)
     last = torch.empty_like(state, memory_format=torch.contiguous_format)
     starts = state.new_empty(state.shape[0], starts_of(inputs.q.shape[1]), *state.shape[1:])
+    starts[:, len(cut) - 1 :] = 0  # room that no segment needs
     for heads in groups(inputs.q):
         current = state[heads]
         for number, segment in enumerate(cut):

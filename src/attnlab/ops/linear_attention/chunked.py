@@ -57,6 +57,7 @@ def forward(
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     last = torch.empty_like(state, memory_format=torch.contiguous_format)
     starts = state.new_empty(state.shape[0], room_for_starts(q.shape[1], CHUNK, TILE), *state.shape[1:])
+    starts[:, len(plan) - 1 :] = 0  # room that no segment needs
     for heads in groups(q):
         current, decay = state[heads], None
         for number, segment in enumerate(plan):
