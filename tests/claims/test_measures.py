@@ -21,6 +21,7 @@ TINY = {
     "num_heads": 1,
     "steps": 4,
     "batch_size": 4,
+    "stop_loss": 0.0,
     "learning_rates": [0.01, 0.02],
     "seeds": 2,
     "examples": 8,
@@ -39,6 +40,14 @@ def test_recall_sweeps_then_repeats_the_best_rate(tmp_path):
     assert gap.mean == pytest.approx(theirs.mean - ours.mean)
     per_seed = [sum(scores.values()) / 2 for scores in found.details["softmax"]["test"]]
     assert ours.mean == pytest.approx(sum(per_seed) / 2) and ours.count == 2
+
+
+def test_a_run_ends_once_its_loss_is_low_enough():
+    setup = recall.Setup(mixer="softmax", **{**TINY, "stop_loss": 100.0})
+    lines: list[str] = []
+    result = recall.learn(setup, 0.01, 0, lines.append)
+    assert [step for step, _ in result["loss"]] == [1] and lines[0].startswith("  step 1 of 4, loss ")
+    assert set(result["test"]) == {"2", "3"} and result["status"] == "finished"
 
 
 def test_training_batches_have_every_number_of_pairs():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +15,10 @@ from attnlab.core.catalog import mixer_info
 from attnlab.models import count_parameters, create_model
 from attnlab.tasks.contract import Batch, Split
 from attnlab.tasks.recall import AssociativeRecall
-from attnlab.training import evaluate, train
+from attnlab.training import LogRow, evaluate, train
 
 SWEEP_SEED = 0
-CURVE_POINTS = 20
+CURVE_POINTS = 32
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Setup:
         dim: width.
         depth: layers.
         num_heads: heads of each.
-        steps: optimiser steps.
+        steps: optimiser steps at most.
         batch_size: sequences a step.
+        stop_loss: a run ends early once the mean training loss since the last report is below this.
         learning_rates: the sweep.
         seeds: runs at the best of them.
         examples: evaluation examples for each number of pairs, of each split.
@@ -52,6 +54,7 @@ class Setup:
     num_heads: int
     steps: int
     batch_size: int
+    stop_loss: float
     learning_rates: Sequence[float]
     seeds: int
     examples: int
@@ -84,6 +87,10 @@ class MixedRecall(AssociativeRecall):
             yield self.parts[chosen].draw(batch_size, generator)
 
 
+class _Solved(Exception):
+    """Training may end: the loss is below the set-up's limit."""
+
+
 def learn(setup: Setup, rate: float, seed: int, say: Reporter = silent) -> dict[str, Any]:
     """One training run: accuracy on both splits for each number of pairs, and the loss on the way, of which ``say`` hears."""
     parts = [setup.task(pairs) for pairs in setup.pairs]
@@ -102,28 +109,39 @@ def learn(setup: Setup, rate: float, seed: int, say: Reporter = silent) -> dict[
             position="learned" if orderless else "none",
             max_length=setup.seq_len if orderless else None,
         )
-    run = train(
-        model,
-        MixedRecall(parts),
-        steps=setup.steps,
-        batch_size=setup.batch_size,
-        learning_rate=rate,
-        seed=seed,
-        log_every=max(1, setup.steps // CURVE_POINTS),
-        callback=lambda row: say(f"  step {row.step} of {setup.steps}, loss {row.loss:.3f}"),
-        eval_split=None,
-    )
+    loss: list[tuple[int, float]] = []
+
+    def watch(row: LogRow) -> None:
+        loss.append((row.step, round(row.loss, 4)))
+        say(f"  step {row.step} of {setup.steps}, loss {row.loss:.3f}")
+        if row.loss < setup.stop_loss:
+            raise _Solved
+
+    try:
+        status = train(
+            model,
+            MixedRecall(parts),
+            steps=setup.steps,
+            batch_size=setup.batch_size,
+            learning_rate=rate,
+            seed=seed,
+            log_every=max(1, setup.steps // CURVE_POINTS),
+            callback=watch,
+            eval_split=None,
+        ).status
+    except _Solved:
+        status = "finished"
 
     def scores(split: Split) -> dict[str, float]:
-        if run.status == "diverged":
+        if status == "diverged":
             return {str(part.num_pairs): 0.0 for part in parts}
         return {str(part.num_pairs): evaluate(model, part, split)["accuracy"] for part in parts}
 
     return {
-        "status": run.status,
+        "status": status,
         "valid": scores("valid"),
         "test": scores("test"),
-        "loss": [[row.step, round(row.loss, 4)] for row in run.history if run.status != "diverged"],
+        "loss": [point for point in loss if math.isfinite(point[1])],
         "parameters": count_parameters(model),
     }
 
