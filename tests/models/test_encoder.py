@@ -12,9 +12,13 @@ D = torch.float64
 ALL = attnlab.list_mixers()
 
 
+TURNED = ("mala", "rala")  # a pair of channels for each axis of a grid: heads of 2 are too narrow
+
+
 def options_of(mixer):
     info = attnlab.mixer_info(mixer)
-    return {name: value for name, value in info.example if name != info.supports.tokens_option}
+    wider = {"head_dim": 4} if mixer in TURNED else {}
+    return wider | {name: value for name, value in info.example if name != info.supports.tokens_option}
 
 
 def make(mixer="softmax", **options):

@@ -46,7 +46,17 @@ def test_the_default_budget_suffices_to_beat_guessing(name, mixer):
 # weights of each token's own, or tables: no width that the heads allow meets the budget
 BEYOND = {
     "recall": {"heterogeneous", "hiformer", "extractor", "memoryformer"},
-    "digits": {"heterogeneous", "hiformer", "extractor", "memoryformer", "kolmogorov_arnold", "tanh_map"},
+    "digits": {
+        "heterogeneous",
+        "hiformer",
+        "extractor",
+        "memoryformer",
+        "kolmogorov_arnold",
+        "tanh_map",
+        "grassmann",
+        "hyena",
+        "morpmamba",
+    },
     "stdlib_text": {"extractor"},
 }
 

@@ -1,4 +1,4 @@
-"""Scans in several orders: what any causal mechanism of sequences makes of a grid, or of a sequence in both directions."""
+"""Scans in several orders: a causal mechanism of sequences on grids, or both ways along a sequence."""
 
 from __future__ import annotations
 
