@@ -15,6 +15,7 @@ from torch import Tensor
 from attnlab.ops.chunks import full_precision
 
 CHUNK = 32  # tokens
+TILE = 64  # chunks
 
 _NEVER = -1e30  # a score without weight: finite, so that the difference of two is 0 and not NaN
 
@@ -33,10 +34,22 @@ def prefix_softmax(
     values = F.pad(one, (0, 0, 0, spare)).unflatten(2, (-1, size))
     before, peak = _scan(s, values, torch.cat((mean, torch.ones_like(mean[..., :1])), dim=-1), lse)
 
+    parts = [x.split(TILE, 2) for x in (s, values, before, peak)]
+    means, totals = zip(*(_within(*tile) for tile in zip(*parts, strict=True)), strict=True)
+    return torch.cat(means, 2)[:, :, :n], torch.cat(totals, 2)[:, :, :n]
+
+
+def _within(
+    s: Float[Tensor, "b h c t"],
+    values: Float[Tensor, "b h c t e1"],
+    before: Float[Tensor, "b h c e1"],
+    peak: Float[Tensor, "b h c"],
+) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h n"]]:
+    """The means and logarithms of all tokens of some chunks, from the sums before each."""
     highest = torch.maximum(s.detach().cummax(-1).values, peak.unsqueeze(-1))
     within = (s.unsqueeze(-2) - highest.unsqueeze(-1)).tril().exp().tril()
     sums = within @ values + (peak.unsqueeze(-1) - highest).exp().unsqueeze(-1) * before.unsqueeze(-2)
-    sums, highest = (x.flatten(2, 3)[:, :, :n] for x in (sums, highest))
+    sums, highest = (x.flatten(2, 3) for x in (sums, highest))
     weight = sums[..., -1]
     empty = highest <= _NEVER / 2
     total = torch.where(empty, float("-inf"), weight.masked_fill(empty, 1.0).log() + highest)
