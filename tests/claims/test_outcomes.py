@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from attnlab.claims import claim, claims, judge, outcomes, run_claims
 from attnlab.claims.cells import Cells
-from attnlab.claims.outcomes import is_stale, keep, seal
+from attnlab.claims.outcomes import is_stale, keep, settled, thresholds
 
 FAST = "lightning-exact"
 
@@ -64,13 +64,13 @@ def test_other_thresholds_or_settings_make_an_outcome_stale(measured):
     assert is_stale(claim("inline-injective"), outcome)
 
 
-def test_keeping_one_outcome_leaves_the_others(measured, tmp_path):
+def test_keeping_one_outcome_leaves_the_others_that_still_stand(measured, tmp_path):
     path, outcome = tmp_path / "outcomes.json", measured[1]
-    keep(outcome, path)
-    row = {**json.loads(path.read_text())[FAST], "claim": "other"}
-    path.write_text(json.dumps({"other": {**row, "seal": seal(row)}}))
-    keep(outcome, path)
-    assert list(outcomes(path)) == [FAST, "other"]
+    other = claim("inline-injective")
+    standing = replace(outcome, claim=other.id, settings=settled(other), thresholds=thresholds(other))
+    for kept in (standing, replace(outcome, claim="rala-rank"), replace(outcome, claim="gone"), outcome):
+        keep(kept, path)
+    assert list(outcomes(path)) == [other.id, FAST]
 
 
 def test_a_cell_is_measured_once_and_whole(tmp_path):

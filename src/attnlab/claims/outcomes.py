@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from attnlab.claims.quantity import Quantity
-from attnlab.claims.spec import Claim
+from attnlab.claims.spec import Claim, claims
 from attnlab.compare.cells import canonical
 
 
@@ -97,9 +97,13 @@ def _outcome(name: str, row: Mapping[str, Any]) -> Outcome:
 
 
 def keep(outcome: Outcome, path: Path | None = None) -> None:
-    """Put an outcome into a file, in place of an earlier one of the same claim; the file is replaced whole."""
+    """Put an outcome into a file, in place of an earlier one of the same claim; the file is replaced whole.
+
+    Outcomes whose claims are no more, or are other ones by now, are left out.
+    """
     target = package_file() if path is None else path
-    known = {**outcomes(target), outcome.claim: outcome}
+    live = {name: old for name, old in outcomes(target).items() if name in claims() and not is_stale(claims()[name], old)}
+    known = {**live, outcome.claim: outcome}
     text = json.dumps({name: known[name].record() for name in sorted(known)}, indent=1, sort_keys=True, ensure_ascii=False)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
