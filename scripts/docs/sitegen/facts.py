@@ -17,7 +17,7 @@ from attnlab.core.registry import Registry, all_registries
 from attnlab.papers.coverage import CoverageRow, coverage
 from attnlab.papers.evidence import TIERS, load
 
-_FLAGS = ("cross", "mask", "pair_mask", "mixing_matrix", "permutation_equivariant", "varlen")
+_FLAGS = ("cross", "mask", "pair_mask", "mixing_matrix", "associative", "dynamics", "permutation_equivariant", "varlen")
 
 
 @cache
