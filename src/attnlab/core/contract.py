@@ -101,7 +101,7 @@ class Mixer(nn.Module):
         grid = self._validate(x, context, mask, context_mask, pair_mask, grid)
         x, context = zero_masked(x, mask), None if context is None else zero_masked(context, context_mask)
         masks = Masks(mask, mask if context is None else context_mask, pair_mask)
-        y = self.mix(x, context, masks, grid)
+        y = self.mix_all(x, context, masks, grid)
         # a query without a key gives 0, whatever biases and residual branches would add
         num_keys = (x if context is None else context).shape[1]
         answered = answered_queries(x, num_keys, causal=self.causal, mask=mask, key_mask=masks.key, pair_mask=pair_mask)
@@ -194,6 +194,16 @@ class Mixer(nn.Module):
     ) -> Float[Tensor, "b n c"]:
         """The mechanism on validated input, zero at masked tokens; ``grid`` is resolved. Subclasses implement this."""
         raise NotImplementedError(f"{type(self).__name__} is abstract: implement mix")
+
+    def mix_all(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m c2"] | None,
+        masks: Masks,
+        grid: Grid,
+    ) -> Float[Tensor, "b n c"]:
+        """How `forward` calls `mix`: once, on everything."""
+        return self.mix(x, context, masks, grid)
 
     def matrix(
         self,

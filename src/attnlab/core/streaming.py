@@ -11,6 +11,7 @@ from torch import Tensor
 from attnlab.core.contract import Mixer
 from attnlab.core.grid import Grid
 from attnlab.core.masks import Masks, zero_masked
+from attnlab.core.record import recording
 from attnlab.core.state import Before, State
 
 
@@ -28,6 +29,9 @@ class StreamingMixer(Mixer):
 
     memory: ClassVar[tuple[str, ...]] = ()
     lookback: int = 0
+    piece: ClassVar[int] = 16384
+    """Tokens of a batch that `forward` takes at a time in eval mode without gradients, where the state is bounded: memory beyond
+    inputs and outputs is then that of a piece, however long the sequence."""
 
     def init_state(self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
         """The state before the first token.
@@ -144,6 +148,27 @@ class StreamingMixer(Mixer):
     ) -> Float[Tensor, "b n c"]:
         """The whole sequence at once is one piece from the empty state; mixers with a non-causal form override this."""
         return self.advance(x, self.begin(x.shape[0], x.device, x.dtype), mask=masks.query)[0]
+
+    def mix_all(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m c2"] | None,
+        masks: Masks,
+        grid: Grid,
+    ) -> Float[Tensor, "b n c"]:
+        """A long sequence goes through a state of bounded size in pieces, in eval mode without gradients; see ``piece``."""
+        rows = max(1, self.piece // x.shape[0])
+        watched = self.training or torch.is_grad_enabled() or recording() or torch.compiler.is_compiling()
+        bounded = self.causal and self.supports.streaming and self.supports.state == "bounded"
+        sequence = context is None and masks.pair is None and tuple(grid) == (x.shape[1],)
+        if watched or not bounded or not sequence or x.shape[1] <= rows:
+            return self.mix(x, context, masks, grid)
+        state, outputs = self.begin(x.shape[0], x.device, x.dtype), torch.empty_like(x)
+        for start in range(0, x.shape[1], rows):
+            part = slice(start, start + rows)
+            mask = None if masks.query is None else masks.query[:, part]
+            outputs[:, part], state = self.advance(x[:, part], state, mask=mask)
+        return outputs
 
     def _demand_causal(self) -> None:
         if not self.causal:

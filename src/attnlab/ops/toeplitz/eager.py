@@ -8,7 +8,6 @@ own terms are small, such as the first of a causal sequence, would lose what a s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,15 +34,18 @@ def circle(needed: int) -> int:
     return min(size for size in (power * 9 // 16, power * 5 // 8, power * 3 // 4, power) if size >= needed)
 
 
-def _columns(q: Tensor, v: Tensor, length: int) -> Iterator[tuple[slice, slice]]:
-    """Features and value channels of each block."""
+def _blocks(q: Tensor, v: Tensor, length: int) -> tuple[list[slice], list[slice]]:
+    """Blocks of features and of value channels; a column block is a pair of them."""
     features, channels = q.shape[-1], v.shape[-1]
     room = max(1, BLOCK // (q.shape[0] * q.shape[1] * length))
     wide = min(channels, room)
     deep = max(1, room // wide)
-    for feature in range(0, features, deep):
-        for channel in range(0, channels, wide):
-            yield slice(feature, feature + deep), slice(channel, channel + wide)
+    return [slice(i, i + deep) for i in range(0, features, deep)], [slice(i, i + wide) for i in range(0, channels, wide)]
+
+
+def _rows(x: Float[Tensor, "b h n f"], features: slice) -> Float[Tensor, "b h s n"]:
+    """Some features, their tokens side by side."""
+    return x[..., features].mT.contiguous()
 
 
 def _transform(x: Float[Tensor, "*s n"], length: int, first: int = 0) -> Complex[Tensor, "*s w"]:
@@ -56,9 +58,9 @@ def _signal(spectrum: Complex[Tensor, "*s w"], length: int, places: slice, dtype
     return torch.fft.irfft(spectrum, length)[..., places].to(dtype)
 
 
-def _outer(a: Float[Tensor, "b h f n"], b: Float[Tensor, "b h e n"], block: tuple[slice, slice]) -> Float[Tensor, "b h p s n"]:
+def _outer(a: Float[Tensor, "b h f n"], b: Float[Tensor, "b h e n"]) -> Float[Tensor, "b h f e n"]:
     """The columns of a block."""
-    return a[:, :, block[0], None] * b[:, :, None, block[1]]
+    return a.unsqueeze(3) * b.unsqueeze(2)
 
 
 @torch.library.custom_op(
@@ -69,12 +71,15 @@ def _forward(table: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     n, m = q.shape[2], k.shape[2]
     length = circle(n + m - 1)
     kernel = _transform(table.flip(-1), length)[:, None, None]
-    rows_q, rows_k, rows_v = (x.mT.contiguous() for x in (q, k, v))
-    out = v.new_zeros(*v.shape[:2], v.shape[3], n)
-    for block in _columns(q, v, length):
-        spectrum = _transform(_outer(rows_k, rows_v, block), length).mul_(kernel)
-        mixed = _signal(spectrum, length, slice(m - 1, m - 1 + n), v.dtype)
-        out[:, :, block[1]] += (mixed * rows_q[:, :, block[0], None]).sum(2)
+    rows_v = v.mT.contiguous()
+    out = v.new_zeros(*rows_v.shape[:3], n)
+    features, channels = _blocks(q, v, length)
+    for feature in features:
+        rows_q, rows_k = _rows(q, feature), _rows(k, feature)
+        for channel in channels:
+            spectrum = _transform(_outer(rows_k, rows_v[:, :, channel]), length).mul_(kernel)
+            mixed = _signal(spectrum, length, slice(m - 1, m - 1 + n), v.dtype)
+            out[:, :, channel] += (mixed * rows_q.unsqueeze(3)).sum(2)
     return out.mT.contiguous()
 
 
@@ -89,21 +94,23 @@ def _backward(grad: Tensor, table: Tensor, q: Tensor, k: Tensor, v: Tensor) -> t
     n, m = q.shape[2], k.shape[2]
     length = circle(n + m - 1)
     kernel = _transform(table.flip(-1), length)[:, None, None]
-    rows_q, rows_k, rows_v, rows_grad = (x.mT.contiguous() for x in (q, k, v, grad))
-    to_q, to_k, to_v = (torch.zeros_like(x) for x in (rows_q, rows_k, rows_v))
+    rows_v, rows_grad = v.mT.contiguous(), grad.mT.contiguous()
+    to_q, to_k, to_v = q.new_zeros(q.shape), k.new_zeros(k.shape), torch.zeros_like(rows_v)
     to_kernel = torch.zeros_like(kernel[:, 0, 0])
-    for block in _columns(q, v, length):
-        features, channels = block
-        below = _transform(_outer(rows_k, rows_v, block), length)
-        above = _transform(_outer(rows_q, rows_grad, block), length, first=m - 1)
-        to_kernel += torch.einsum("bhfew,bhfew->hw", above, below.conj())
-        mixed = _signal(below.mul_(kernel), length, slice(m - 1, m - 1 + n), v.dtype)
-        to_q[:, :, features] += (mixed * rows_grad[:, :, None, channels]).sum(3)
-        back = _signal(above.mul_(kernel.conj()), length, slice(m), v.dtype)
-        to_k[:, :, features] += (back * rows_v[:, :, None, channels]).sum(3)
-        to_v[:, :, channels] += (back * rows_k[:, :, features, None]).sum(2)
+    features, channels = _blocks(q, v, length)
+    for feature in features:
+        rows_q, rows_k = _rows(q, feature), _rows(k, feature)
+        for channel in channels:
+            below = _transform(_outer(rows_k, rows_v[:, :, channel]), length)
+            above = _transform(_outer(rows_q, rows_grad[:, :, channel]), length, first=m - 1)
+            to_kernel += torch.einsum("bhfew,bhfew->hw", above, below.conj())
+            mixed = _signal(below.mul_(kernel), length, slice(m - 1, m - 1 + n), v.dtype)
+            to_q[..., feature] += (mixed * rows_grad[:, :, None, channel]).sum(3).mT
+            back = _signal(above.mul_(kernel.conj()), length, slice(m), v.dtype)
+            to_k[..., feature] += (back * rows_v[:, :, None, channel]).sum(3).mT
+            to_v[:, :, channel] += (back * rows_k.unsqueeze(3)).sum(2)
     to_table = _signal(to_kernel, length, slice(n + m - 1), table.dtype).flip(-1)
-    return to_table, to_q.mT.contiguous(), to_k.mT.contiguous(), to_v.mT.contiguous()
+    return to_table, to_q, to_k, to_v.mT.contiguous()
 
 
 @_forward.register_fake
