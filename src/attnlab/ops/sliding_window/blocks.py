@@ -8,13 +8,14 @@ Letters: R pairs of a sequence and a key head, r query heads of a key head, B bl
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from attnlab.ops.buffers import Buffers
 
 BLOCK, WIDE = 32, 192
 """Queries in a block, at most; twice as many for windows of `WIDE` keys or more, whose blocks then waste little."""
@@ -85,21 +86,6 @@ class Chunk:
     def shape(self) -> tuple[int, int]:
         """(R, B)."""
         return self.rows.stop - self.rows.start, self.blocks.stop - self.blocks.start
-
-
-class Buffers:
-    """Memory by name, used again by every chunk: fresh memory costs more than what is computed in it."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
-        self.flat: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        """Memory of that name for a tensor of ``shape``, with anything in it."""
-        size = math.prod(shape)
-        if name not in self.flat or self.flat[name].numel() < size:
-            self.flat[name] = self.like.new_empty(size)
-        return self.flat[name][:size].view(shape)
 
 
 class Keys(ABC):

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from attnlab.ops.backends import accumulate_dtype
 from attnlab.ops.chunks import full_precision
-from attnlab.ops.sliding_window.blocks import Buffers, Chunk, Keys, Plan, Sinks, Window
+from attnlab.ops.buffers import Buffers
+from attnlab.ops.sliding_window.blocks import Chunk, Keys, Plan, Sinks, Window
 
 CHUNK = {"cpu": 2**20}
 """Scores in a chunk by device: few enough for a CPU's cache, many enough for its threads to meet seldom; 2**25 elsewhere."""
