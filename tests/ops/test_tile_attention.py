@@ -126,11 +126,10 @@ def test_the_custom_op_is_whole():
     torch.library.opcheck(_forward, (q, k, v, index, index, None, None, False, None, True, 0.5))
 
 
-def test_places_of_refuses_what_is_no_partition():
-    with pytest.raises(ValueError, match="each of 4 tokens once"):
-        places_of(torch.tensor([[0, 1], [1, 3]]), 4)
-    with pytest.raises(ValueError, match="each of 3 tokens once"):
-        places_of(torch.tensor([[0, 1], [2, 3]]), 3)
+def test_a_token_that_stands_nowhere_cannot_be_read():
+    assert places_of(torch.tensor([[3, 1], [-1, 0]]), 4).tolist() == [3, 1, -1, 0]
+    with pytest.raises((IndexError, RuntimeError)):
+        from_tiles(torch.randn(1, 1, 2, 2, 3), places_of(torch.tensor([[3, 1], [-1, 0]]), 4))
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def mixer_page(name: str) -> str:
         proofs=proofs("mixer", name),
         applicable=applicable_tiers(subject, "mixer") if subject else [t for t in TIERS if t not in ("T3", "T4")],
         paper=subject,
-        bibtex=citation(subject) if subject else "",
+        sources=[(source, citation(source)) for source in map(paper, info.papers)],
         timing=timing_section(name),
     )
 

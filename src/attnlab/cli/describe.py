@@ -84,6 +84,7 @@ def listing_data(entry: Entry[Any]) -> dict[str, Any]:
         "kind": info.kind,
         "family": info.family,
         "paper": info.paper,
+        "also": list(info.also),
         "headline": headline(entry),
         "summary": info.summary,
         "options": [{"name": o.name, "type": o.annotation, "default": default_text(o)} for o in info.options],

@@ -131,6 +131,7 @@ def _print_proofs(out: Console, entry: Entry[Any]) -> None:
         out.print(Text(f"  not yet: {', '.join(open_tiers)}", style="dim"))
     elif not held:
         out.print(Text("  nothing yet", style="dim"))
-    if subject is not None:
-        _heading(out, "Paper")
-        out.print(Text(textwrap.indent(citation(subject).rstrip(), "  ")), soft_wrap=True)
+    if entry.info.papers:
+        _heading(out, "Paper" if len(entry.info.papers) == 1 else "Papers")
+        for slug in entry.info.papers:
+            out.print(Text(textwrap.indent(citation(paper(slug)).rstrip(), "  ")), soft_wrap=True)

@@ -97,6 +97,7 @@ class Info:
         paper: slug of the paper in `attnlab.papers`, or None for common knowledge.
         options: the constructor's arguments.
         partial: it is a part of what the paper has, and not its mechanism.
+        also: slugs of further papers whose mechanism it is, with other options.
     """
 
     name: str
@@ -106,6 +107,12 @@ class Info:
     paper: str | None
     options: tuple[Option, ...]
     partial: bool = field(default=False, kw_only=True)
+    also: tuple[str, ...] = field(default=(), kw_only=True)
+
+    @property
+    def papers(self) -> tuple[str, ...]:
+        """All papers that it implements, the first one first."""
+        return (() if self.paper is None else (self.paper,)) + self.also
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class Registry(Generic[T]):
         family: str = "",
         paper: str | None = None,
         partial: bool = False,
+        also: tuple[str, ...] = (),
         supports: Supports | None = None,
         example: dict[str, Any] | None = None,
     ) -> Callable[[F], F]:
@@ -62,9 +63,9 @@ class Registry(Generic[T]):
                 raise ValueError(f"{self.kind} {name!r} is registered already, by {known.factory.__module__}")
             common = (name, self.kind, first_line(factory.__doc__), family, paper, read_options(factory))
             if supports is None:
-                info = Info(*common, partial=partial)
+                info = Info(*common, partial=partial, also=also)
             else:
-                info = MixerInfo(*common, supports, tuple((example or {}).items()), partial=partial)
+                info = MixerInfo(*common, supports, tuple((example or {}).items()), partial=partial, also=also)
             self._entries[name] = Entry(name, factory, info)
             if isinstance(factory, type):
                 factory.info = info  # type: ignore[attr-defined]

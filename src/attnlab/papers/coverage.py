@@ -17,7 +17,7 @@ class EntrySource(Protocol):
     """The part of `attnlab.core.registry.Registry` that coverage reads."""
 
     def entries(self) -> Sequence[Entry[Any]]:
-        """All entries, each with a ``name`` and the ``info.paper`` that it implements (a slug, or None)."""
+        """All entries, each with a ``name`` and the ``info.papers`` that it implements (slugs)."""
         ...
 
 
@@ -85,9 +85,9 @@ def coverage(registries: Mapping[str, EntrySource] | None = None, evidence: Evid
     parts = set()
     for kind, registry in sources.items():
         for entry in registry.entries():
-            if entry.info.paper is not None:
-                implementing[paper(entry.info.paper).slug].append((kind, entry.name))
-                parts |= {f"{kind}:{entry.name}"} if entry.info.partial else set()
+            for slug in entry.info.papers:
+                implementing[paper(slug).slug].append((kind, entry.name))
+            parts |= {f"{kind}:{entry.name}"} if entry.info.partial else set()
     return [_row(subject, sorted(implementing[subject.slug]), proofs, parts) for subject in papers()]
 
 

@@ -1,10 +1,9 @@
-"""Window attention: softmax attention inside each window of a grid."""
+"""Window attention: softmax attention inside each window of a grid, shifted or not."""
 
 from __future__ import annotations
 
 import torch
-from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -12,9 +11,10 @@ from attnlab.core.catalog import mixers
 from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
+from attnlab.core.tilings import boxes
 from attnlab.core.windows import Windows
-from attnlab.mixers.attention import AttentionMixer, AttentionOptions
-from attnlab.ops.attention import attention
+from attnlab.mixers.attention import AttentionOptions
+from attnlab.mixers.parts.tiled_attention import TiledAttention
 
 
 @mixers.register(
@@ -23,55 +23,55 @@ from attnlab.ops.attention import attention
     supports=Supports(grid=frozenset({1, 2, 3}), mixing_matrix=True, cost=1.0),
     example={"window": 3},
 )
-class WindowAttention(AttentionMixer):
-    r"""Softmax attention among the tokens of each window (Liu et al. 2021, section 3.2, unshifted; DaViT's spatial attention).
+class WindowAttention(TiledAttention):
+    r"""Softmax attention among the tokens of each window (Liu et al. 2021, Swin, section 3.2; DaViT's spatial attention).
 
-    The grid is cut into windows of ``window`` cells a side and each attends to itself. Time O(n w^r d) on a grid of rank r.
+    The grid is cut into windows of ``window`` cells a side and each attends to itself. Shifted windows begin ``shift`` cells
+    earlier, and those at the borders are smaller: what Swin computes by a cyclic shift and masks. Time O(n w^r d) on a grid of
+    rank r.
 
     Args:
         dim: width of the tokens.
         num_heads: heads.
         window: side of a window in cells.
+        shift: cells by which the windows begin before the grid; half a window in every other layer of Swin.
         border: what cells outside the grid are where the side is no multiple: "masked", or "zero_tokens" (DaViT's code: zero
             inputs, which take part in the softmax; `mixing_matrix` shows the masked form).
-        **options: those of `AttentionMixer`; ``position`` must be "none".
+        **options: those of `AttentionMixer`; ``position`` may be a bias of pairs on the window's own grid.
 
     Raises:
-        ValueError: for a window below 1, an unknown border, or a position.
+        ValueError: for a window below 1, a shift outside of 0 to window - 1, an unknown border, or a position of another kind.
         UnsupportedError: with ``causal=True``.
     """
 
     def __init__(
-        self, dim: int, num_heads: int = 8, *, window: int = 7, border: str = "masked", **options: Unpack[AttentionOptions]
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        window: int = 7,
+        shift: int = 0,
+        border: str = "masked",
+        **options: Unpack[AttentionOptions],
     ) -> None:
         super().__init__(dim, num_heads, **options)
         if window < 1:
             raise ValueError(f"window: expected at least 1, got {window}")
+        if not 0 <= shift < window:
+            raise ValueError(f"shift: expected 0 to window - 1 = {window - 1}, got {shift}")
         if border not in ("masked", "zero_tokens"):
             raise ValueError(f"border: expected 'masked' or 'zero_tokens', got {border!r}")
-        if self.position_name != "none":
-            raise ValueError(f"position: expected 'none', got {self.position_name!r}")
-        self.window, self.border = window, border
+        self.window, self.shift, self.border = window, shift, border
 
-    def attend(
-        self,
-        q: Float[Tensor, "b h n d"],
-        k: Float[Tensor, "b hk m d"],
-        v: Float[Tensor, "b hk m e"],
-        masks: Masks,
-        grid: Grid | None,
-    ) -> Float[Tensor, "b h n e"]:
-        """Softmax inside each window."""
-        grid = grid or (q.shape[2],)
-        windows = self._windows(grid)
-        real = torch.ones_like(q[:, 0, :, 0], dtype=torch.bool) if masks.key is None else masks.key
-        allowed = windows.split(real.unsqueeze(-1)).flatten(0, 1).squeeze(-1)
-        q, k, v = (
-            rearrange(windows.split(rearrange(t, "b h n d -> b n (h d)")), "b w s (h d) -> (b w) h s d", h=t.shape[1])
-            for t in (q, k, v)
-        )
-        out = rearrange(attention(q, k, v, key_mask=allowed), "(b w) h s d -> b w s (h d)", b=real.shape[0])
-        return rearrange(windows.merge(out), "b n (h d) -> b h n d", h=self.num_heads)
+    def tiles(self, grid: Grid) -> tuple[Int[Tensor, "t x"], Int[Tensor, "t y"]]:
+        """Windows; those at a border hold -1."""
+        sides = (self.window,) * len(grid)
+        cells = boxes(grid, sides, starts=(-self.shift,) * len(grid))
+        return cells, cells
+
+    def term(self, q: Float[Tensor, "b h n d"], grid: Grid) -> tuple[Float[Tensor, "#h kinds x y"] | None, Tensor | None]:
+        """The position on the window's grid."""
+        return self.inside(q, (self.window,) * len(grid)), None
 
     def mix(
         self,
@@ -80,15 +80,10 @@ class WindowAttention(AttentionMixer):
         masks: Masks,
         grid: Grid,
     ) -> Float[Tensor, "b n c"]:
-        """Project, attend inside windows, project back."""
-        windows = self._windows(grid)
-        if self.border == "zero_tokens":
-            real = torch.ones_like(x[..., 0], dtype=torch.bool) if masks.query is None else masks.query
-            real = windows.pad(real.unsqueeze(-1), value=True).squeeze(-1)
-            masks = Masks(real, real)
-            x, grid = windows.pad(x), windows.padded
-        y = super().mix(x, None, masks, grid)
-        return windows.crop(y) if self.border == "zero_tokens" else y
-
-    def _windows(self, grid: Grid) -> Windows:
-        return Windows(grid, (self.window,) * len(grid))
+        """Project, attend inside windows, project back; zero tokens are there first."""
+        if self.border == "masked":
+            return super().mix(x, context, masks, grid)
+        windows = Windows(grid, (self.window,) * len(grid))
+        real = torch.ones_like(x[..., 0], dtype=torch.bool) if masks.query is None else masks.query
+        real = windows.pad(real.unsqueeze(-1), value=True).squeeze(-1)
+        return windows.crop(super().mix(windows.pad(x), None, Masks(real, real), windows.padded))

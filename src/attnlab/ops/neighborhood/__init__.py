@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -71,10 +71,7 @@ def neighborhood_attention(
         ValueError: a shape or a rule does not fit the grid.
     """
     axes = axes_of(grid, window, stride, dilation, causal)
-    count = 1
-    for side in grid:
-        count *= side
-    if q.ndim != 4 or q.shape[2] != count or k.shape[2:3] != q.shape[2:3]:
+    if q.ndim != 4 or q.shape[2] != math.prod(grid) or k.shape[2:3] != q.shape[2:3]:
         raise ValueError(
             f"grid: expected a product of q's and k's tokens, got {tuple(grid)} for {tuple(q.shape)}, {tuple(k.shape)}"
         )

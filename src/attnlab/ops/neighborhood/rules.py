@@ -14,10 +14,10 @@ from torch import Tensor
 class Axis:
     r"""The rule of one axis of ``size`` cells.
 
-    Cells that are congruent modulo the dilation form a group, in which they are counted 0 to n' - 1. The query at place i of its
-    group has the leader m of its stride group, $m = \min(s \lfloor i/s \rfloor + \lfloor s/2 \rfloor, n'-1)$, and sees the w places
-    around it, $\lfloor w/2 \rfloor$ of them before m: at borders the window is shifted, never cut. Where causal, the leader is the
-    last of the stride group, and the query sees the w places that end at the leader, as far as they are not after itself.
+    Cells that are congruent modulo the dilation form a group, in which they are counted 0 to n' - 1. The query at place i of
+    its group has the leader m of its stride group, $m = \min(s \lfloor i/s \rfloor + \lfloor s/2 \rfloor, n'-1)$, and sees the
+    w places around it, $\lfloor w/2 \rfloor$ of them before m: at borders the window is shifted, never cut. Where causal, the
+    leader is the last of the stride group, and the query sees the w places that end there, as far as they are not after itself.
 
     Args:
         size: n, cells along the axis.
@@ -43,8 +43,8 @@ class Axis:
             raise ValueError(f"stride: expected 1 to the window {self.window}, got {self.stride}")
         if self.window * self.dilation > self.size:
             raise ValueError(
-                f"window: expected window * dilation of at most the axis' {self.size} cells, got {self.window} * {self.dilation}; "
-                f"a window of {max(1, self.size // self.dilation)} would fit"
+                f"window: expected window * dilation of at most the axis' {self.size} cells, got {self.window} * "
+                f"{self.dilation}; a window of {max(1, self.size // self.dilation)} would fit"
             )
 
     def groups(self) -> Iterator[Int[Tensor, "m"]]:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from attnlab.core.tilings import product
 from attnlab.ops.neighborhood.rules import Axis
 
 SIDES = {1: 64, 2: 8, 3: 4}
@@ -83,18 +84,12 @@ def _product(rows: Tiles, columns: Tiles, size: int) -> Tiles:
     first = rows.offsets[:, None, :, None, :, None].expand(*allowed.shape, -1)
     second = columns.offsets[None, :, None, :, None].expand(*allowed.shape, -1)
     return Tiles(
-        _cells(rows.queries, columns.queries, size),
-        _cells(rows.keys, columns.keys, size),
+        product((rows.queries, columns.queries), (1, size)),
+        product((rows.keys, columns.keys), (1, size)),
         (rows.kind[:, None] * kinds + columns.kind).flatten(),
         allowed.reshape(shape),
         torch.cat((first, second), dim=-1).reshape(*shape, -1),
     )
-
-
-def _cells(rows: Int[Tensor, "t x"], columns: Int[Tensor, "u z"], size: int) -> Int[Tensor, "tu xz"]:
-    cells = rows[:, None, :, None] * size + columns[:, None]
-    nobody = (rows < 0)[:, None, :, None] | (columns < 0)[:, None]
-    return cells.masked_fill(nobody, -1).flatten(2).flatten(0, 1)
 
 
 def table_index(offsets: Int[Tensor, "c x y axes"], windows: Sequence[int]) -> Int[Tensor, "c x y"]:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnlab.ops.backends import accumulate_dtype
-from attnlab.ops.chunks import full_precision
 from attnlab.ops.buffers import Buffers
+from attnlab.ops.chunks import full_precision
 from attnlab.ops.sliding_window.blocks import Chunk, Keys, Plan, Sinks, Window
 
 CHUNK = {"cpu": 2**20}

@@ -90,16 +90,12 @@ def from_tiles(x: Float[Tensor, "b h t x e"], inverse: Int[Tensor, "n"]) -> Floa
 def places_of(queries: Int[Tensor, "t x"], length: int) -> Int[Tensor, "n"]:
     """The place among all places of tiles where each of ``length`` tokens stands; -1 among ``queries`` is nobody's.
 
-    Raises:
-        ValueError: if a token stands nowhere or twice.
+    Of a token that stands twice one place is taken, and -1, which cannot be read, is that of a token that stands nowhere.
     """
     flat = queries.flatten()
     places = torch.arange(flat.numel(), device=flat.device)
-    taken = flat >= 0
-    counts = torch.bincount(flat[taken], minlength=length)
-    if counts.shape[0] != length or bool((counts != 1).any()):
-        raise ValueError(f"queries: expected each of {length} tokens once, got {counts.tolist()} times")
-    return torch.empty(length, dtype=torch.int64, device=flat.device).scatter_(0, flat[taken], places[taken])
+    inverse = torch.full((length + 1,), -1, dtype=torch.int64, device=flat.device)
+    return inverse.scatter_(0, torch.where(flat < 0, length, flat), places)[:length]
 
 
 def _check(

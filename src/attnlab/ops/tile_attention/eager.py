@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attnlab.ops.chunks import full_precision
 from attnlab.ops.backends import accumulate_dtype
+from attnlab.ops.chunks import full_precision
 from attnlab.ops.tile_attention.work import LOG2E, Run, Work
 
 LN2 = math.log(2)

@@ -1,0 +1,96 @@
+"""Attention where every query chooses its own blocks of keys: the queries of a block are gathered, and the parts merged."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from attnlab.ops.partial_attention import Partial
+from attnlab.ops.tile_attention import tile_attention
+
+QUERIES = 64
+"""Queries of a tile, at most: a block that many queries choose is cut into several tiles."""
+
+
+def routed_attention(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b hk m d"],
+    v: Float[Tensor, "b hk m e"],
+    chosen: Bool[Tensor, "b h n blocks"],
+    blocks: Int[Tensor, "blocks y"],
+    *,
+    causal: bool = False,
+    key_mask: Bool[Tensor, "b m"] | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Partial:
+    r"""Softmax attention of each query over the keys of the blocks that it has chosen.
+
+    $$o_i = \sum_{c \in C(i)} \sum_{j \in \mathrm{block}_c} \mathrm{softmax}_j(s\, q_i^\top k_j)\, v_j$$
+
+    Work O(choices y (d + e)), memory O(choices e): no query's keys are gathered for it alone.
+
+    Args:
+        q: queries; h is a multiple of hk.
+        k: keys.
+        v: values.
+        chosen: which blocks each query of each head uses.
+        blocks: the places of each block's keys, -1 for none; a key may stand in one block alone.
+        causal: a query uses no key from a later place.
+        key_mask: True marks a real key.
+        scale: s, by default $d^{-1/2}$.
+        backend: that of `tile_attention`.
+
+    Returns:
+        ``output`` (b, h, n, e) and ``lse`` (b, h, n); a query without a key has 0 and -inf.
+
+    Raises:
+        ValueError: a shape does not fit the others.
+    """
+    if tuple(chosen.shape) != (*q.shape[:3], len(blocks)):
+        raise ValueError(f"chosen: expected {(*q.shape[:3], len(blocks))}, got {tuple(chosen.shape)}")
+    queries, block = _tiles(chosen)
+    keys = torch.where((block < 0).unsqueeze(-1), -1, blocks[block.clamp(min=0)])
+    parts = tile_attention(q, k, v, queries, keys, causal=causal, key_mask=key_mask, scale=scale, backend=backend)
+    return _merged(parts, queries, q.shape[2])
+
+
+def _tiles(chosen: Bool[Tensor, "b h n c"]) -> tuple[Int[Tensor, "b h t x"], Int[Tensor, "b h t"]]:
+    """The queries of each tile and its block, -1 for none; a block's queries are in order."""
+    b, h, n, _ = chosen.shape
+    size = min(QUERIES, n)
+    by_block = chosen.mT.long()
+    counts = by_block.sum(-1)
+    tiles = (counts + size - 1) // size
+    first = tiles.cumsum(-1) - tiles
+    length = max(1, int(tiles.sum(-1).max()))
+    example, head, block, query = by_block.nonzero(as_tuple=True)
+    rank = (by_block.cumsum(-1) - 1)[example, head, block, query]
+    tile = first[example, head, block] + rank // size
+    queries = torch.full((b, h, length, size), -1, device=chosen.device)
+    owner = torch.full((b, h, length), -1, device=chosen.device)
+    queries[example, head, tile, rank % size] = query
+    owner[example, head, tile] = block
+    return queries, owner
+
+
+def _merged(parts: Partial, queries: Int[Tensor, "b h t x"], length: int) -> Partial:
+    """The parts of each query as one."""
+    b, h, _, e = *parts.output.shape[:2], 0, parts.output.shape[-1]
+    place = queries.flatten(2)
+    real = place >= 0
+    place = place.clamp(min=0)
+    lse = parts.lse.flatten(2)
+    present = real & (lse > float("-inf"))
+    top = lse.new_full((b, h, length), float("-inf")).scatter_reduce(2, place, lse.detach(), "amax")
+    shift = top.masked_fill(top == float("-inf"), 0.0)
+    weight = (lse.masked_fill(~present, 0.0) - shift.gather(2, place)).exp().masked_fill(~present, 0.0)
+    total = torch.zeros_like(top).scatter_add(2, place, weight)
+    some = total > 0
+    total = total.masked_fill(~some, 1.0)
+    share = (weight / total.gather(2, place)).unsqueeze(-1).to(parts.output.dtype)
+    row = place + torch.arange(b * h, device=place.device).view(b, h, 1) * length
+    output = parts.output.new_zeros(b * h * length, e)
+    output = output.index_add(0, row.flatten(), (parts.output.flatten(2, 3) * share).flatten(0, 2))
+    return Partial(output.view(b, h, length, e), (total.log() + shift).masked_fill(~some, float("-inf")))
