@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from attnlab.ops.neighborhood import axes_of, neighborhood_attention, neighborhood_mask
+from attnlab.ops.tile_attention.neighborhood import axes_of, neighborhood_attention, neighborhood_mask
 from golden.recording import Recording
 
 RULES = {"kernel_size": "window", "stride": "stride", "dilation": "dilation", "is_causal": "causal"}

@@ -51,4 +51,4 @@ def test_equals_the_mask(monkeypatch, size, causal, masked):
 def test_a_wrong_choice_is_refused():
     q = torch.randn(1, 2, 4, 3)
     with pytest.raises(ValueError, match="chosen: expected"):
-        routed_attention(q, q, q, torch.ones(1, 2, 3, 2, dtype=torch.bool), segments_of(4, 2))
+        routed_attention(q, q, q, torch.ones(1, 2, 4, 3, dtype=torch.bool), segments_of(4, 2))

@@ -14,7 +14,7 @@ from torch import Tensor
 from attnlab import create_mixer
 from attnlab.core.errors import UnsupportedError
 from attnlab.mixers.local.neighborhood import receptive_field
-from attnlab.ops.neighborhood import axes_of, neighborhood_attention
+from attnlab.ops.tile_attention.neighborhood import axes_of, neighborhood_attention
 from mixers.definition import assert_defined_by, build, split_heads, tokens
 from ops.oracle import assert_equal_in_float64
 

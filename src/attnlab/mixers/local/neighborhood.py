@@ -17,8 +17,8 @@ from attnlab.core.grid import Grid, from_grid, to_grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
-from attnlab.mixers.parts.lengths import each_length
-from attnlab.ops.neighborhood import Axis, axes_of, neighborhood_attention
+from attnlab.ops.tile_attention.neighborhood import Axis, axes_of, neighborhood_attention
+from attnlab.ops.tile_attention.neighborhood.by_length import attend_by_length
 
 Sides = int | Sequence[int]
 SHORT_AXES = ("shrunk", "zero_tokens", "refused")
@@ -38,9 +38,9 @@ class NeighborhoodAttention(AttentionMixer):
     $$o_i = \sum_{j \in N(i)} \mathrm{softmax}_j(d^{-1/2}\, q_i^\top k_j + B_{j-i})\, v_j$$
 
     N(i) are w cells along each axis, in steps of the dilation, shared by stride neighbouring queries and shifted inwards at the
-    borders, so that no query sees fewer; see `attnlab.ops.neighborhood.Axis`. Stride 1 and dilation 1 is neighbourhood attention,
-    a dilation that of DiNAT (Hassani and Shi 2022, arXiv 2209.15001), stride = window attention inside blocks, and a window as
-    large as the grid dense attention. Time O(n w^r d), memory O(n d) on a grid of rank r.
+    borders, so that no query sees fewer; see `attnlab.ops.tile_attention.neighborhood.Axis`. Stride 1 and dilation 1 is
+    neighbourhood attention, a dilation that of DiNAT (Hassani and Shi 2022, arXiv 2209.15001), stride = window attention inside
+    blocks, and a window as large as the grid dense attention. Time O(n w^r d), memory O(n d) on a grid of rank r.
 
     Args:
         dim: width of the tokens.
@@ -114,12 +114,8 @@ class NeighborhoodAttention(AttentionMixer):
         """
         if self.short_axes == "refused":
             return self._wanted(grid)
-        found = []
-        for size, axis in zip(grid, self._wanted((2**30,) * len(grid)), strict=True):
-            dilation = max(1, min(axis.dilation, size // axis.window))
-            window = min(axis.window, size // dilation)
-            found.append(Axis(size, window, min(axis.stride, window), dilation, axis.causal))
-        return tuple(found)
+        wanted = self._wanted((2**30,) * len(grid))
+        return tuple(Axis.fitted(n, a.window, a.stride, a.dilation, a.causal) for n, a in zip(grid, wanted, strict=True))
 
     def attend(
         self,
@@ -130,12 +126,11 @@ class NeighborhoodAttention(AttentionMixer):
         grid: Grid | None,
     ) -> Float[Tensor, "b h n e"]:
         """Softmax over each query's neighbourhood; a sequence ends at its last real token."""
-        if masks.key is None or (grid is not None and len(grid) > 1):
-            return self._attend(q, k, v, masks.key, grid or (q.shape[2],))
-        return each_length(lambda q, k, v, mask: self._attend(q, k, v, mask, (q.shape[2],)), q, k, v, masks.key)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, grid: Grid) -> Float[Tensor, "b h n e"]:
+        grid = grid or (q.shape[2],)
         axes = self.axes(grid)
+        if masks.key is not None and len(grid) == 1:
+            (rule,) = self._wanted((2**30,))
+            return attend_by_length(q, k, v, masks.key, rule, self.table, q.shape[-1] ** -0.5)[0]
         return neighborhood_attention(
             q,
             k,
@@ -146,7 +141,7 @@ class NeighborhoodAttention(AttentionMixer):
             dilation=[axis.dilation for axis in axes],
             causal=[axis.causal for axis in axes],
             bias=self._bias(axes),
-            key_mask=key_mask,
+            key_mask=masks.key,
         ).output
 
     def mix(
@@ -185,8 +180,7 @@ class NeighborhoodAttention(AttentionMixer):
             return None
         table: Tensor = self.table
         for dim, axis in enumerate(axes, start=1):
-            reach = table.shape[dim] // 2
-            table = table.narrow(dim, reach - axis.window + 1, 2 * axis.window - 1)
+            table = axis.table(table, dim)
         return table
 
 

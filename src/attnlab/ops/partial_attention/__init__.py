@@ -9,23 +9,16 @@ sequence of keys can be split over blocks, workers or devices and give what one 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnlab.ops.backends import Op
 from attnlab.ops.partial_attention import eager, reference
+from attnlab.ops.partials import Partial, merge
+
+__all__ = ["Partial", "merge", "partial_attention"]
 
 PARTIAL_ATTENTION = Op("partial_attention", {"reference": reference.partial_attention, "eager": eager.partial_attention})
-
-
-class Partial(NamedTuple):
-    """Attention over some keys: ``output`` (b, h, n, e) and ``lse`` (b, h, n), in float32 or wider."""
-
-    output: Float[Tensor, "b h n e"]
-    lse: Float[Tensor, "b h n"]
 
 
 def partial_attention(
@@ -58,12 +51,3 @@ def partial_attention(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     return Partial(*PARTIAL_ATTENTION(backend, q)(q, k, v, scale=scale, bias=bias, allowed=allowed))
-
-
-def merge(first: Partial, second: Partial) -> Partial:
-    """Attention over the keys of both parts; associative, with an empty part as the neutral element."""
-    lse = torch.logaddexp(first.lse, second.lse)
-    # Where both parts are empty any finite reference serves: exp(-inf - 0) is 0, while -inf - -inf would be NaN.
-    shift = lse.masked_fill(lse == float("-inf"), 0.0)
-    left, right = (part.output * (part.lse - shift).exp().unsqueeze(-1).to(part.output.dtype) for part in (first, second))
-    return Partial(left + right, lse)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnlab.ops.backends import Op
 from attnlab.ops.chunks import common_dtype
-from attnlab.ops.partial_attention import Partial
+from attnlab.ops.partials import Partial
 from attnlab.ops.tile_attention import eager, reference
 
 OP = Op("tile_attention", {"reference": reference.attend, "eager": eager.attend})

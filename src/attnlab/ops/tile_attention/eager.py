@@ -35,7 +35,7 @@ def attend(
     scale: float,
 ) -> tuple[Float[Tensor, "b h t x e"], Float[Tensor, "b h t x"]]:
     """See `reference.attend`. Backward is not differentiable again."""
-    return _forward(q, k, v, queries, keys, bias, kind, causal, key_mask, zero_outside, scale)
+    return forward(q, k, v, queries, keys, bias, kind, causal, key_mask, zero_outside, scale)
 
 
 @torch.library.custom_op(
@@ -45,7 +45,7 @@ def attend(
     "Tensor? key_mask, bool zero_outside, float scale) -> (Tensor, Tensor)",
 )
 @full_precision
-def _forward(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -58,6 +58,7 @@ def _forward(
     zero_outside: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of every tile; the arguments of `attend`."""
     work = Work(q, k, v, queries, keys, bias, kind, causal, key_mask, zero_outside)
     out = work.q.new_empty(work.total, work.x, v.shape[-1])
     lse = work.q.new_empty(work.total, work.x, 1)
@@ -86,7 +87,7 @@ def _pairs(work: Work, run: Run, scale: float) -> tuple[Tensor, Tensor]:
     return queries, work.keys_of(run, "keys", work.k)
 
 
-@_forward.register_fake
+@forward.register_fake
 def _(
     q: Tensor,
     k: Tensor,
@@ -112,7 +113,7 @@ def _(
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 @full_precision
-def _backward(
+def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -165,7 +166,7 @@ def _add(gradient: Tensor, run: Run, tile: Tensor) -> None:
     gradient.index_add_(0, run.keys, tile.flatten(0, 1))
 
 
-@_backward.register_fake
+@backward.register_fake
 def _(
     q: Tensor,
     k: Tensor,
@@ -199,8 +200,8 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     *arguments, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     dlse = torch.zeros_like(lse) if dlse is None else dlse
-    dq, dk, dv, dbias = _backward(*arguments, out, lse, dout, dlse, *ctx.options, ctx.to_bias)
+    dq, dk, dv, dbias = backward(*arguments, out, lse, dout, dlse, *ctx.options, ctx.to_bias)
     return dq, dk, dv, None, None, dbias if ctx.to_bias else None, None, None, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+forward.register_autograd(_differentiate, setup_context=_save)

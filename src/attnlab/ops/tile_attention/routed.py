@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attnlab.ops.partial_attention import Partial
+from attnlab.ops.partials import Partial
 from attnlab.ops.tile_attention import tile_attention
 
 QUERIES = 64
@@ -17,8 +17,8 @@ def routed_attention(
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b hk m d"],
     v: Float[Tensor, "b hk m e"],
-    chosen: Bool[Tensor, "b h n blocks"],
-    blocks: Int[Tensor, "blocks y"],
+    chosen: Bool[Tensor, "b h n c"],
+    blocks: Int[Tensor, "t y"],
     *,
     causal: bool = False,
     key_mask: Bool[Tensor, "b m"] | None = None,

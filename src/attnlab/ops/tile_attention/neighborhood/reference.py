@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attnlab.ops.neighborhood.rules import Axis, neighborhood_mask
-from attnlab.ops.neighborhood.tiling import table_index
-from attnlab.ops.partial_attention import reference
+from attnlab.ops.tile_attention import reference
+from attnlab.ops.tile_attention.neighborhood.rules import Axis, neighborhood_mask
+from attnlab.ops.tile_attention.neighborhood.tiling import table_index
 
 
 def attend(
@@ -20,14 +20,12 @@ def attend(
     key_mask: Bool[Tensor, "b n"] | None,
     scale: float,
 ) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h n"]]:
-    """The oracle; see `attnlab.ops.neighborhood.neighborhood_attention`."""
-    allowed = neighborhood_mask(axes).to(q.device)[None, None]
-    if key_mask is not None:
-        allowed = allowed & key_mask[:, None, None]
-        k, v = (t.masked_fill(~key_mask[:, None, :, None], 0.0) for t in (k, v))
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    term = None if bias is None else bias.flatten(1)[:, _places(axes).to(q.device)][None]
-    return reference.partial_attention(q, k, v, scale=scale, bias=term, allowed=allowed)
+    """The oracle; see `attnlab.ops.tile_attention.neighborhood.neighborhood_attention`."""
+    term = q.new_zeros(1, q.shape[2], q.shape[2]) if bias is None else bias.flatten(1)[:, _places(axes).to(q.device)]
+    term = term.masked_fill(~neighborhood_mask(axes).to(q.device), float("-inf")).unsqueeze(1)
+    every = torch.arange(q.shape[2], device=q.device)[None, None, None]
+    out, lse = reference.attend(q, k, v, every, every, term, every.new_zeros(1), False, key_mask, False, scale)
+    return out.squeeze(2), lse.squeeze(2)
 
 
 def _places(axes: tuple[Axis, ...]) -> Tensor:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnlab.ops.backends import Op
-from attnlab.ops.neighborhood import eager, reference
-from attnlab.ops.neighborhood.rules import Axis, axes_of, neighborhood_mask
-from attnlab.ops.partial_attention import Partial, merge, partial_attention
+from attnlab.ops.partials import Partial, merge
+from attnlab.ops.tile_attention import tile_attention
+from attnlab.ops.tile_attention.neighborhood import eager, reference
+from attnlab.ops.tile_attention.neighborhood.rules import Axis, axes_of, neighborhood_mask
 
 __all__ = ["Axis", "axes_of", "neighborhood_attention", "neighborhood_mask"]
 
@@ -71,6 +73,25 @@ def neighborhood_attention(
         ValueError: a shape or a rule does not fit the grid.
     """
     axes = axes_of(grid, window, stride, dilation, causal)
+    _check(q, k, grid, axes, bias)
+    if (extra_k is None) != (extra_v is None):
+        raise ValueError("extra_k, extra_v: expected both or neither")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    local = Partial(*OP(backend, q)(q, k, v, axes, bias, key_mask, scale))
+    if extra_k is None or extra_v is None:
+        return local
+    return merge(local, _over_all(q, extra_k, extra_v, scale, backend))
+
+
+def _over_all(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Partial:
+    """Every query over every key."""
+    queries, keys = (torch.arange(t.shape[2], device=q.device)[None, None, None] for t in (q, k))
+    found = tile_attention(q, k, v, queries, keys, scale=scale, backend=backend)
+    return Partial(found.output.squeeze(2), found.lse.squeeze(2))
+
+
+def _check(q: Tensor, k: Tensor, grid: Sequence[int], axes: Sequence[Axis], bias: Tensor | None) -> None:
+    """Raise for what does not fit the grid."""
     if q.ndim != 4 or q.shape[2] != math.prod(grid) or k.shape[2:3] != q.shape[2:3]:
         raise ValueError(
             f"grid: expected a product of q's and k's tokens, got {tuple(grid)} for {tuple(q.shape)}, {tuple(k.shape)}"
@@ -78,11 +99,3 @@ def neighborhood_attention(
     wanted = tuple(2 * axis.window - 1 for axis in axes)
     if bias is not None and (tuple(bias.shape[1:]) != wanted or bias.shape[0] not in (1, q.shape[1])):
         raise ValueError(f"bias: expected (1 or {q.shape[1]}, {', '.join(map(str, wanted))}), got {tuple(bias.shape)}")
-    if (extra_k is None) != (extra_v is None):
-        raise ValueError("extra_k, extra_v: expected both or neither")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    local = Partial(*OP(backend, q)(q, k, v, axes, bias, key_mask, scale))
-    if extra_k is None or extra_v is None:
-        return local
-    extra_k, extra_v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (extra_k, extra_v))
-    return merge(local, partial_attention(q, extra_k, extra_v, scale=scale))

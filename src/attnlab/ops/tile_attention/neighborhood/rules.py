@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -46,6 +46,18 @@ class Axis:
                 f"window: expected window * dilation of at most the axis' {self.size} cells, got {self.window} * "
                 f"{self.dilation}; a window of {max(1, self.size // self.dilation)} would fit"
             )
+
+    @classmethod
+    def fitted(cls, size: int, window: int, stride: int = 1, dilation: int = 1, causal: bool = False) -> Axis:
+        """The rule on an axis that may be too short for it: the dilation, then the window become what fits."""
+        dilation = max(1, min(dilation, size // window))
+        window = min(window, size // dilation)
+        return cls(size, window, min(stride, window), dilation, causal)
+
+    def table(self, table: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
+        """The offsets along ``dim`` of a table that this window can have, where it was made for a larger one."""
+        reach = table.shape[dim] // 2
+        return table.narrow(dim, reach - self.window + 1, 2 * self.window - 1)
 
     def groups(self) -> Iterator[Int[Tensor, "m"]]:
         """The cells of each dilation group."""
