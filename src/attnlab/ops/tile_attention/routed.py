@@ -20,6 +20,7 @@ def routed_attention(
     chosen: Bool[Tensor, "b h n c"],
     blocks: Int[Tensor, "t y"],
     *,
+    most: int | None = None,
     causal: bool = False,
     key_mask: Bool[Tensor, "b m"] | None = None,
     scale: float | None = None,
@@ -37,6 +38,7 @@ def routed_attention(
         v: values.
         chosen: which blocks each query of each head uses.
         blocks: the places of each block's keys, -1 for none; a key may stand in one block alone.
+        most: blocks that any query chooses, at most; all by default. Memory is that of so many.
         causal: a query uses no key from a later place.
         key_mask: True marks a real key.
         scale: s, by default $d^{-1/2}$.
@@ -50,29 +52,31 @@ def routed_attention(
     """
     if tuple(chosen.shape) != (*q.shape[:3], len(blocks)):
         raise ValueError(f"chosen: expected {(*q.shape[:3], len(blocks))}, got {tuple(chosen.shape)}")
-    queries, block = _tiles(chosen)
+    queries, block = _tiles(chosen, len(blocks) if most is None else most)
     keys = torch.where((block < 0).unsqueeze(-1), -1, blocks[block.clamp(min=0)])
     parts = tile_attention(q, k, v, queries, keys, causal=causal, key_mask=key_mask, scale=scale, backend=backend)
     return _merged(parts, queries, q.shape[2])
 
 
-def _tiles(chosen: Bool[Tensor, "b h n c"]) -> tuple[Int[Tensor, "b h t x"], Int[Tensor, "b h t"]]:
-    """The queries of each tile and its block, -1 for none; a block's queries are in order."""
-    b, h, n, _ = chosen.shape
+def _tiles(chosen: Bool[Tensor, "b h n c"], most: int) -> tuple[Int[Tensor, "b h t x"], Int[Tensor, "b h t"]]:
+    """The queries of each tile and its block, -1 for none; a block's queries are in order.
+
+    How many tiles there are is data; there is room for as many as there can be, so that shapes are not.
+    """
+    b, h, n, blocks = chosen.shape
     size = min(QUERIES, n)
+    room = n * min(most, blocks) // size + blocks
     by_block = chosen.mT.long()
-    counts = by_block.sum(-1)
-    tiles = (counts + size - 1) // size
+    tiles = (by_block.sum(-1) + size - 1) // size
     first = tiles.cumsum(-1) - tiles
-    length = max(1, int(tiles.sum(-1).max()))
-    example, head, block, query = by_block.nonzero(as_tuple=True)
-    rank = (by_block.cumsum(-1) - 1)[example, head, block, query]
-    tile = first[example, head, block] + rank // size
-    queries = torch.full((b, h, length, size), -1, device=chosen.device)
-    owner = torch.full((b, h, length), -1, device=chosen.device)
-    queries[example, head, tile, rank % size] = query
-    owner[example, head, tile] = block
-    return queries, owner
+    rank = by_block.cumsum(-1) - 1
+    place = (first.unsqueeze(-1) + rank // size) * size + rank % size
+    place = place.masked_fill(by_block == 0, room * size).flatten(2)
+    query = torch.arange(n, device=chosen.device).expand(b, h, blocks, n).flatten(2)
+    queries = torch.full((b, h, room * size + 1), -1, device=chosen.device).scatter(2, place, query)
+    owner = torch.arange(blocks, device=chosen.device).repeat_interleave(n).expand(b, h, -1)
+    owners = torch.full((b, h, room + 1), -1, device=chosen.device).scatter(2, place // size, owner)
+    return queries[..., :-1].unflatten(2, (room, size)), owners[..., :room]
 
 
 def _merged(parts: Partial, queries: Int[Tensor, "b h t x"], length: int) -> Partial:
