@@ -10,7 +10,7 @@ import torch
 from attnlab.ops.attention import attention
 from attnlab.ops.partial_attention import merge
 from attnlab.ops.tile_attention import from_tiles, places_of, tile_attention, work
-from attnlab.ops.tile_attention.eager import forward
+from attnlab.ops.tile_attention.frame import forward
 from ops.oracle import assert_equal_in_float64, assert_within_budget
 
 # b, h, hk, n, m, d, e, tiles, queries, keys, own index a head
@@ -122,8 +122,10 @@ def test_the_custom_op_is_whole():
     index = torch.tensor([[0, 1, 2], [3, 4, -1]]).view(1, 1, 2, 3)
     bias = torch.randn(2, 1, 3, 3, requires_grad=True)
     kind = torch.zeros(2, dtype=torch.int64)
-    torch.library.opcheck(forward, (q, k, v, index, index, bias, kind, True, torch.ones(1, 6, dtype=torch.bool), False, 0.5))
-    torch.library.opcheck(forward, (q, k, v, index, index, None, None, False, None, True, 0.5))
+    torch.library.opcheck(
+        forward, (q, k, v, index, index, bias, kind, True, torch.ones(1, 6, dtype=torch.bool), False, 0.5, "eager")
+    )
+    torch.library.opcheck(forward, (q, k, v, index, index, None, None, False, None, True, 0.5, "eager"))
 
 
 def test_a_token_that_stands_nowhere_cannot_be_read():

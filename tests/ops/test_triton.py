@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -36,7 +37,16 @@ SCANS = [
     (1, 140, 3, 2, "constant", "constant", False),
     (1, 9, 4, 40, "token", "token", True),
 ]
+TILES = [
+    ((1, 2, 1, 5, 7, 3, 5, 2, 3, 4), {"kinds": 2, "own": True}),
+    ((2, 4, 2, 40, 33, 20, 9, 3, 37, 70), {"causal": True, "masked": True}),
+    ((1, 1, 1, 9, 9, 4, 4, 4, 4, 5), {"outside": "zero", "masked": True, "own": True}),
+]
 if torch.cuda.is_available():  # too slow to interpret
+    TILES += [
+        ((2, 8, 2, 1000, 1000, 64, 64, 30, 64, 300), {"kinds": 5, "own": True}),
+        ((1, 4, 4, 3000, 3000, 128, 100, 100, 33, 500), {"causal": True, "masked": True, "own": True}),
+    ]
     LINEAR += [
         (2, 3, 1000, 64, 64, True, True),
         (1, 2, 3001, 128, 128, True, True),
@@ -77,6 +87,13 @@ def test_linear_attention_equals_the_recurrence_in_values_and_gradients(run, cas
 @pytest.mark.parametrize("case", SCANS, ids=str)
 def test_the_scan_equals_the_recurrence_in_values_and_gradients(run, case):
     assert_within(run(cases.scan, *case))
+
+
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
+@pytest.mark.parametrize("case", TILES, ids=str)
+def test_tiles_equal_the_formula_in_values_and_gradients(run, case, dtype):
+    shape, options = case
+    assert_within(run(functools.partial(cases.tiles, **options), *shape, dtype))
 
 
 @pytest.mark.parametrize("log_decay", [0.0, -torch.inf])

@@ -59,7 +59,7 @@ def _budget(result: torch.dtype, rows: torch.dtype, plain: float) -> float:
     return 1.5 * plain + SPLIT
 
 
-WIDE = {"log_decay", "initial_state"}
+WIDE = {"log_decay", "initial_state", "bias"}
 
 
 def _results(op: Callable, inputs: dict[str, Tensor | None], backend: str, dtype: torch.dtype, options: dict) -> list[Tensor]:
@@ -175,3 +175,42 @@ def compiled() -> float:
     traced = torch.compile(both, fullgraph=True, backend="aot_eager", dynamic=True)
     torch.manual_seed(0)
     return max(relative_error(traced(x), both(x)) for x in (torch.randn(1, 2, n, 4, device=DEVICE) for n in (20, 33)))
+
+
+def tiles(
+    b: int, h: int, hk: int, n: int, m: int, d: int, e: int, t: int, x: int, y: int, dtype: torch.dtype, **what: Any
+) -> list[tuple]:
+    """Tiles of random places, some of them nobody's; both outputs, and -inf where there is no key read as 0.
+
+    Args:
+        b: examples.
+        h: query heads.
+        hk: key heads.
+        n: queries.
+        m: keys.
+        d: width of a head.
+        e: width of the values.
+        t: tiles.
+        x: queries of a tile.
+        y: keys of a tile.
+        dtype: of queries, keys and values.
+        **what: kinds of tile (0 without a bias), own (an index for each head), masked, and options of the op.
+    """
+    from attnlab.ops.tile_attention import tile_attention
+
+    torch.manual_seed(0)
+    kinds, own, masked = what.pop("kinds", 0), what.pop("own", False), what.pop("masked", False)
+    queries, keys = (torch.randint(-1, size, (b if own else 1, h if own else 1, t, count)) for size, count in ((n, x), (m, y)))
+    queries[..., 0, :] = -1
+    what["key_mask"] = (torch.rand(b, m) > 0.3).to(DEVICE) if masked else None
+    what["kind"] = torch.randint(kinds, (t,)).to(DEVICE) if kinds else None
+    inputs = {name: torch.randn(b, rows, heads, width).transpose(1, 2) for name, rows, heads, width in
+              (("q", n, h, d), ("k", m, hk, d), ("v", m, hk, e))}  # fmt: skip
+    inputs["bias"] = torch.randn(h, kinds, x, y) if kinds else None
+
+    def op(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+        places = (index.to(DEVICE) for index in (queries, keys))
+        out, lse = tile_attention(q, k, v, *places, bias=bias, backend=backend, **what)
+        return out, lse.masked_fill(lse == float("-inf"), 0.0)
+
+    return errors_and_budgets(op, inputs, dtype)

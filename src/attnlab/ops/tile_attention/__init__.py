@@ -5,6 +5,8 @@ Windows, neighbourhoods, clusters, sorted bins and selected blocks are all of th
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -12,9 +14,15 @@ from torch import Tensor
 from attnlab.ops.backends import Op
 from attnlab.ops.chunks import common_dtype
 from attnlab.ops.partials import Partial
-from attnlab.ops.tile_attention import eager, reference
+from attnlab.ops.tile_attention import frame, reference
+from attnlab.ops.triton_launch import UNTRIED, WIDEST, limits
 
-OP = Op("tile_attention", {"reference": reference.attend, "eager": eager.attend})
+OP = Op(
+    "tile_attention",
+    {"reference": reference.attend, "eager": frame.attend, "triton": functools.partial(frame.attend, backend="triton")},
+    limits={"triton": limits((torch.float32, torch.bfloat16), WIDEST)},
+    untried={"triton": UNTRIED},
+)
 """The implementations, which take every argument, the bias with all its axes."""
 
 OUTSIDE = ("masked", "zero")
@@ -56,7 +64,7 @@ def tile_attention(
         key_mask: True marks a real key. What stands at the others has no influence, nan included.
         outside: what -1 among the keys is: "masked", or "zero", a key and a value of zeros that take part in the softmax.
         scale: s, by default $d^{-1/2}$.
-        backend: "auto", "reference" or "eager".
+        backend: "auto", "reference", "eager" or "triton".
 
     Returns:
         ``output`` (b, h, t, x, e) in the common dtype of q, k and v, and ``lse`` (b, h, t, x), both differentiable.

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnlab.ops.backends import accumulate_dtype
-from attnlab.ops.tile_attention import eager as tiles
-from attnlab.ops.tile_attention import from_tiles, places_of
+from attnlab.ops.tile_attention import frame, from_tiles, places_of
 from attnlab.ops.tile_attention.neighborhood import eager
 from attnlab.ops.tile_attention.neighborhood.rules import Axis
 
@@ -79,7 +78,7 @@ def _forward(
         queries, keys, kind, term, _ = group.tiles
         real = mask[group.rows, : group.length]
         tokens = (group.cut(q), group.cut(k), group.cut(v))
-        some, logs = tiles.forward(*tokens, queries, keys, term, kind, False, real, False, scale)
+        some, logs = frame.forward(*tokens, queries, keys, term, kind, False, real, False, scale, "eager")
         out[group.rows] = F.pad(from_tiles(some, group.inverse), (0, 0, 0, n - group.length))
         logs = logs.flatten(2).index_select(2, group.inverse)
         lse[group.rows] = F.pad(logs, (0, n - group.length), value=float("-inf"))
@@ -122,8 +121,8 @@ def _backward(
         tokens = (group.cut(q), group.cut(k), group.cut(v))
         logs = group.to_tiles(lse).masked_fill(queries < 0, float("-inf"))
         given = (group.to_tiles(out), logs, group.to_tiles(dout), group.to_tiles(dlse))
-        options = (False, False, scale, bias is not None)
-        *gradients, to_term = tiles.backward(*tokens, queries, keys, term, kind, real, *given, *options)
+        options = (False, False, scale, "eager", bias is not None)
+        *gradients, to_term = frame.backward(*tokens, queries, keys, term, kind, real, *given, *options)
         for total, gradient in zip(found, gradients, strict=True):
             total[group.rows, :, : group.length] = gradient
         if bias is not None:
