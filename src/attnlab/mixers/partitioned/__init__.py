@@ -1,0 +1,1 @@
+"""Attention inside the parts of a partition: groups, bins, views, and tokens of two levels."""

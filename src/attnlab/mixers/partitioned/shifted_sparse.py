@@ -1,0 +1,141 @@
+"""Shifted sparse attention: groups of a sequence, which begin half a group later for some of the heads."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from typing_extensions import Unpack
+
+from attnlab.core.catalog import mixers
+from attnlab.core.grid import Grid
+from attnlab.core.info import Supports
+from attnlab.core.masks import Masks
+from attnlab.mixers.attention import AttentionMixer, AttentionOptions
+from attnlab.ops.attention import attention
+from attnlab.ops.tile_attention import tile_attention
+
+
+@mixers.register(
+    "shifted_sparse",
+    family="partitioned",
+    paper="sinklora",
+    supports=Supports(causal="optional", mixing_matrix=True, cost=1.0),
+    example={"group": 4, "num_sinks": 2},
+)
+class ShiftedSparseAttention(AttentionMixer):
+    r"""Softmax attention inside groups, shifted in some heads, and sinks (Zhang 2024, SinkLoRA, SF-Attn; Chen et al. 2023, S2-Attn).
+
+    With groups of G tokens and head h, of which the last $h_s$ of all are shifted by $\sigma = \lceil G/2 \rceil$,
+
+    $$g_h(i) = \lfloor (i - \sigma_h) / G \rfloor, \qquad
+      N_h(i) = \{j : g_h(j) = g_h(i)\} \cup \{0, \dots, s - 1\}, \qquad
+      o_i = \sum_{j \in N_h(i)} \mathrm{softmax}_j(d^{-1/2}\, q_i^\top k_j)\, v_j$$
+
+    and each of the s sinks attends to all tokens; with ``causal=True`` only $j \le i$ is used of all this. The groups of shifted
+    heads end at the ends of the sequence. Time O(n (G + s) d), memory O(n d).
+
+    Args:
+        dim: width of the tokens.
+        num_heads: query heads.
+        group: G. The authors take a quarter of the length in training.
+        num_shifted: $h_s$; by default half the heads, rounded up. SF-Attn gives a part of these back to the order without shift.
+        num_sinks: s, leading tokens that see all and are seen by all; the paper has about 4.
+        wrapped: the released S2-Attn, with ``causal=False`` alone, for it looks ahead: the sequence of shifted heads is a ring,
+            its last group holds the last tokens and then the first $\sigma$, and a token uses those before it in its group; so
+            do the other heads. The ring closes at the last real token.
+        **options: those of `AttentionMixer`; ``position`` may be "none" or "rotary".
+
+    Raises:
+        ValueError: for sizes out of their range, ``wrapped`` with ``causal=True`` or with sinks, or a position that is a bias.
+
+    Differs from the paper: the released code has no SF-Attn, and its attention is ``wrapped=True``: the first tokens see the
+    last ones there, in training, while it calls itself causal; no option of it is called causal here. For an odd G its outputs
+    come back one place off (it shifts by one number and back by another); they are at their places here. Inference in the paper
+    is dense attention with an evicting cache, and the low-rank training is not part of the mechanism. Sinks are the first s
+    places, real or not: with sinks, pad on the right.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        group: int = 2048,
+        num_shifted: int | None = None,
+        num_sinks: int = 0,
+        wrapped: bool = False,
+        **options: Unpack[AttentionOptions],
+    ) -> None:
+        super().__init__(dim, num_heads, **options)
+        num_shifted = num_heads - num_heads // 2 if num_shifted is None else num_shifted
+        if group < 1:
+            raise ValueError(f"group: expected at least 1, got {group}")
+        if not 0 <= num_shifted <= num_heads:
+            raise ValueError(f"num_shifted: expected 0 to num_heads={num_heads}, got {num_shifted}")
+        if num_sinks < 0:
+            raise ValueError(f"num_sinks: expected at least 0, got {num_sinks}")
+        if wrapped and (self.causal or num_sinks):
+            raise ValueError("wrapped: expected False with causal=True or sinks; its first tokens see the last ones")
+        if self.position_name not in ("none", "rotary"):
+            raise ValueError(f"position: expected 'none' or 'rotary', got {self.position_name!r}; groups have no bias")
+        self.group, self.num_shifted, self.num_sinks, self.wrapped = group, num_shifted, num_sinks, wrapped
+
+    def attend(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b hk m d"],
+        v: Float[Tensor, "b hk m e"],
+        masks: Masks,
+        grid: Grid | None,
+    ) -> Float[Tensor, "b h n e"]:
+        """Softmax inside each group and over the sinks."""
+        n = q.shape[2]
+        tiles = self._wrapped(n, masks.key, q.device) if self.wrapped else self._groups(n, q.device)
+        keys, rank = tiles, None
+        if self.wrapped:
+            above = torch.ones(self.group, self.group, dtype=torch.bool, device=q.device).triu(1)
+            rank = q.new_zeros(1, 1, self.group, self.group).masked_fill(above, float("-inf"))
+        if self.num_sinks:
+            sinks = torch.arange(min(self.num_sinks, n), device=q.device).expand(*tiles.shape[:3], -1)
+            keys = torch.cat((sinks, tiles.masked_fill(tiles < self.num_sinks, -1)), dim=-1)
+        found = tile_attention(q, k, v, tiles, keys, bias=rank, causal=self.causal, key_mask=masks.key).output
+        heads = _in_place(found, tiles, n)
+        if not self.num_sinks or self.causal:
+            return heads  # what a sink may see are sinks, which every group has
+        first = attention(q[:, :, : self.num_sinks], k, v, key_mask=masks.key)
+        return torch.cat((first, heads[:, :, self.num_sinks :]), dim=2)
+
+    def _groups(self, n: int, device: torch.device) -> Int[Tensor, "1 h t x"]:
+        """The places of each head's groups, so many for both kinds of head; -1 for none."""
+        shift = self._shifts(device)
+        begin = shift - self.group * (shift > 0).long()
+        count = -(-n // self.group) + 1
+        places = begin[:, None, None] + torch.arange(count * self.group, device=device).view(count, self.group)
+        return places.masked_fill((places < 0) | (places >= n), -1)[None]
+
+    def _wrapped(self, n: int, mask: Bool[Tensor, "b n"] | None, device: torch.device) -> Int[Tensor, "#b h t x"]:
+        """The places of each head's groups on a ring, which is as long as the sequence up to its last real token."""
+        length = torch.full((1,), n, device=device)
+        if mask is not None:
+            length = torch.where(mask, torch.arange(1, n + 1, device=device), 1).amax(1)
+        count = -(-n // self.group)
+        rank = torch.arange(count * self.group, device=device)
+        ring = (rank + self._shifts(device)[None, :, None]) % length[:, None, None]
+        ring = ring.masked_fill(rank >= length[:, None, None], -1)
+        return ring.unflatten(2, (count, self.group))
+
+    def _shifts(self, device: torch.device) -> Int[Tensor, "h"]:
+        """The place where the first whole group of each head begins."""
+        head = torch.arange(self.num_heads, device=device)
+        return (head >= self.num_heads - self.num_shifted).long() * -(-self.group // 2)
+
+
+def _in_place(x: Float[Tensor, "b h t x e"], places: Int[Tensor, "#b h t x"], n: int) -> Float[Tensor, "b h n e"]:
+    """What tiles hold for each token, zeros at tokens in no tile; each stands in one."""
+    rows = x.flatten(2, 3)
+    place = torch.where(places < 0, n, places).flatten(2)
+    inverse = torch.full((*place.shape[:2], n + 1), rows.shape[2], device=x.device)
+    inverse = inverse.scatter(2, place, torch.arange(rows.shape[2], device=x.device).expand_as(place))[..., :n]
+    rows = torch.cat((rows, rows.new_zeros(*rows.shape[:2], 1, rows.shape[3])), dim=2)
+    return rows.gather(2, inverse.expand(len(rows), -1, -1).unsqueeze(-1).expand(-1, -1, -1, rows.shape[3]))
