@@ -24,7 +24,7 @@ from attnlab.ops.tile_attention import tile_attention
     example={"group": 4, "num_sinks": 2},
 )
 class ShiftedSparseAttention(AttentionMixer):
-    r"""Softmax attention inside groups, shifted in some heads, and sinks (Zhang 2024, SinkLoRA, SF-Attn; Chen et al. 2023, S2-Attn).
+    r"""Softmax attention inside groups, shifted in some heads, and sinks (Zhang 2024, SinkLoRA; Chen et al. 2023, LongLoRA).
 
     With groups of G tokens and head h, of which the last $h_s$ of all are shifted by $\sigma = \lceil G/2 \rceil$,
 
