@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from attnlab import create_mixer
 from attnlab.core.windows import Windows
-from attnlab.ops.attention import attention
-from golden.layers import layer_norm, linear, mlp
+from attnlab.mixers.local.overlapping_window import offset_rows
+from golden.layers import layer_norm, mlp
 from golden.recording import Recording, fill, renamed, rows
 
-PROVES = ("position:offset_table",)
+PROVES = ("position:offset_table", "mixer:overlapping_window")
 
 
 def _conv(weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
@@ -65,18 +64,24 @@ def _hybrid(recording: Recording, index: int, x: Tensor, grid: tuple[int, int]) 
 
 def _overlapping(recording: Recording, x: Tensor, grid: tuple[int, int]) -> Tensor:
     """Windows of queries read larger windows of keys; cells outside the grid are zero keys that take part."""
-    config, weights = recording.config, recording.parameters("overlap_attn.")
-    side, heads = config["window_size"], config["num_heads"]
-    reach = side + int(config["overlap_ratio"] * side)
-    q, k, v = linear(weights, "qkv", layer_norm(weights, "norm1", x)).chunk(3, dim=-1)
-    windows = Windows(grid, (side, side))
-    q = rearrange(windows.split(q), "b w s (h d) -> (b w) h s d", h=heads)
-    maps = torch.cat((k, v), dim=-1).mT.unflatten(-1, grid)
-    patches = F.unfold(maps, reach, stride=side, padding=(reach - side) // 2)
-    k, v = rearrange(patches, "b (kv h d s) w -> kv (b w) h s d", kv=2, h=heads, s=reach**2)
-    bias = weights["relative_position_bias_table"][recording["in/rpi_oca"]].permute(2, 0, 1)[None]
-    mixed = rearrange(attention(q, k, v, bias=bias), "(b w) h s d -> b w s (h d)", b=x.shape[0])
-    x = x + linear(weights, "proj", windows.merge(mixed))
+    config, weights, dim = recording.config, recording.parameters("overlap_attn."), x.shape[-1]
+    mixer = create_mixer(
+        "overlapping_window",
+        dim,
+        config["num_heads"],
+        window=config["window_size"],
+        overlap=config["overlap_ratio"],
+        relative_bias=True,
+        rank=2,
+        qkv_bias="qkv.bias" in weights,
+    ).to(x.dtype)
+    values = rows(weights, "qkv", {"q_proj": dim, "k_proj": dim, "v_proj": dim}) | renamed(weights, {"proj": "out_proj"})
+    # The recorded index says which entry a pair has, ours where that stands here: one is a permutation of the other.
+    ours = offset_rows((mixer.window,) * 2, (mixer.key_window,) * 2)
+    table = mixer.table.detach().flatten(1).mT.clone()
+    table[ours.flatten()] = weights["relative_position_bias_table"][recording["in/rpi_oca"].flatten()]
+    fill(mixer, values | {"table": table.mT})
+    x = x + mixer(layer_norm(weights, "norm1", x), grid=grid)
     return x + mlp(weights, "mlp", layer_norm(weights, "norm2", x))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnlab.core.grid import Grid
@@ -71,3 +71,16 @@ class TiledAttention(AttentionMixer):
             raise ValueError(f"position: expected a bias of pairs alone, got {self.position_name!r}")
         bias = term.expanded(like, count, 1.0)
         return None if bias is None else torch.broadcast_to(bias, (1, *bias.shape[1:2], count, count))[0].unsqueeze(1)
+
+
+def zero_keys(
+    k: Float[Tensor, "b hk m d"], v: Float[Tensor, "b hk m e"], key_mask: Bool[Tensor, "b m"] | None
+) -> tuple[Float[Tensor, "b hk m d"], Float[Tensor, "b hk m e"]]:
+    """Keys and values of zeros at masked tokens: what cells beyond the grid are where these take part in the softmax.
+
+    Padding is then more of what lies beyond the border, and a padded sequence gives what it gives alone.
+    """
+    if key_mask is None:
+        return k, v
+    masked = ~key_mask[:, None, :, None]
+    return k.masked_fill(masked, 0.0), v.masked_fill(masked, 0.0)
