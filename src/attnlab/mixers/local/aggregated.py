@@ -22,7 +22,7 @@ class AggregatedAttention(FovealAttention):
     $e$ (query embedding), $\tau = \mathrm{softplus}(t)$, $b$, $T$ (width d an offset) and $u$ are learned a head; CPB is an
     MLP on the log-spaced offset to the centre of a pooled cell (`PooledCPB`). The weights $\hat q^\top T + u$ come after the
     softmax, so that a row does not sum to one. Both softmax parts are merged by their log-sum-exp: time O(n (k^2 + P) C + n C^2),
-    memory O(n k^2 C), no tensor between all tokens. ``record`` collects "local_share" (b, h, n), the softmax mass on the
+    memory O(n (C + k^2)), no tensor between all tokens. ``record`` collects "local_share" (b, h, n), the softmax mass on the
     neighbourhood. Pooled values are of no token, so there is no matrix between tokens.
 
     Masked cells are in no neighbourhood, no mean and no count; a pooled cell without a real cell is no key.

@@ -8,17 +8,20 @@ from typing import Any, TypedDict
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attnlab.core.grid import Grid
+from attnlab.core.grid import Grid, from_grid, to_grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks, zero_masked
+from attnlab.core.tilings import product, segments_of
 from attnlab.mixers.attention import AttentionMixer
 from attnlab.mixers.parts.cosine import ScaledCosine
 from attnlab.mixers.parts.grid_pooling import pool_grid
 from attnlab.mixers.parts.pooled_cpb import PooledCPB
+from attnlab.ops.aggregation import neighborhood_aggregation
 from attnlab.ops.partial_attention import Partial, merge, partial_attention
+from attnlab.ops.tile_attention import from_tiles, places_of, tile_attention
 
 FOVEAL = Supports(grid=frozenset({2}), cost=1.0)
 
@@ -39,11 +42,8 @@ class FovealOptions(TypedDict, total=False):
     dtype: torch.dtype | None
 
 
-def unfold(x: Float[Tensor, "b h n d"], grid: Grid, window: int) -> Float[Tensor, "bn h k d"]:
-    """The ``window`` x ``window`` cells around each cell, row-major, zero outside the grid; cells join the batch."""
-    image = rearrange(x, "b h (y x) d -> b (h d) y x", y=grid[0])
-    cells = F.unfold(image, window, padding=window // 2)
-    return rearrange(cells, "b (h d k) n -> (b n) h k d", h=x.shape[1], d=x.shape[3])
+SIDE = 8
+"""Queries along an axis of a tile, at most."""
 
 
 class FovealAttention(AttentionMixer):
@@ -127,19 +127,17 @@ class FovealAttention(AttentionMixer):
         """Project, attend to the neighbourhood and the pooled map, project back."""
         q, k, v = self.project(x)
         unit, v = F.normalize(q, dim=-1), v if masks.query is None else v.masked_fill(~masks.query[:, None, :, None], 0.0)
-        near, real = unfold(v, grid, self.window), self._real(x, masks.query, grid)
         pooled, alive = self._pool(x, masks.query, grid)
-        counts = real.sum(dim=-1, keepdim=True) + (pooled.shape[1] if alive is None else alive.sum(dim=1)[:, None, None])
-        hot = self.cosine.queries(unit, counts.clamp(min=1).to(q.dtype)[:, None])
-        local = self._local(hot, unfold(F.normalize(k, dim=-1), grid, self.window), near, real)
+        counts = self._near(x, masks.query, grid) + (pooled.shape[1] if alive is None else alive.sum(dim=1)[:, None, None])
+        hot = self.cosine.queries(unit, counts.clamp(min=1)[:, None])
+        local = self._local(hot, F.normalize(k, dim=-1), v, masks.query, grid)
         total = merge(local, self._far(hot, pooled, alive, grid))
         self.emit("local_share", lambda: (local.lse - total.lse).exp().nan_to_num(0.0))
         heads = total.output.to(v.dtype)
         keys, bias = self.offset_keys, self.offset_bias
         if keys is not None and bias is not None:
             # The neighbours' values once more, by the weights that the query gives to their offsets.
-            weights = rearrange(unit @ keys + bias, "b h n k -> (b n) h 1 k")
-            heads = heads + rearrange(weights @ near, "(b n) h 1 d -> b h n d", b=x.shape[0])
+            heads = heads + neighborhood_aggregation(unit @ keys + bias, v, grid=grid, window=self.window)
         return self.join(heads, x, masks.query)
 
     def _sides(self, grid: Grid) -> tuple[int, int]:
@@ -148,10 +146,11 @@ class FovealAttention(AttentionMixer):
             return max(1, grid[0] // self.reduction), max(1, grid[1] // self.reduction)
         return min(self.pool, grid[0]), min(self.pool, grid[1])
 
-    def _real(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None, grid: Grid) -> Bool[Tensor, "b n k"]:
-        """Which cells of each neighbourhood are real."""
-        real = torch.ones_like(x[..., 0]) if mask is None else mask.to(x.dtype)
-        return unfold(real[:, None, :, None], grid, self.window).view(*real.shape, -1) > 0
+    def _near(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None, grid: Grid) -> Float[Tensor, "b n 1"]:
+        """How many real cells each neighbourhood has."""
+        real = torch.ones_like(x[..., :1]) if mask is None else mask.unsqueeze(-1).to(x.dtype)
+        pool = F.avg_pool2d(to_grid(real, grid), self.window, 1, self.window // 2, divisor_override=1)
+        return from_grid(pool)
 
     def _pool(
         self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None, grid: Grid
@@ -163,16 +162,17 @@ class FovealAttention(AttentionMixer):
     def _local(
         self,
         q: Float[Tensor, "b h n d"],
-        k: Float[Tensor, "bn h k d"],
-        v: Float[Tensor, "bn h k d"],
-        real: Bool[Tensor, "b n k"],
+        k: Float[Tensor, "b h n d"],
+        v: Float[Tensor, "b h n d"],
+        mask: Bool[Tensor, "b n"] | None,
+        grid: Grid,
     ) -> Partial:
-        """Attention of each token over its neighbourhood; tokens join the batch, so that no pair of others is formed."""
-        rows = rearrange(q, "b h n d -> (b n) h 1 d")
-        bias, allowed = self.window_bias[None, :, None], rearrange(real, "b n k -> (b n) 1 1 k")
-        part = partial_attention(rows, k, v, scale=1.0, bias=bias, allowed=allowed)
-        output = rearrange(part.output, "(b n) h 1 d -> b h n d", b=q.shape[0])
-        return Partial(output, rearrange(part.lse, "(b n) h 1 -> b h n", b=q.shape[0]))
+        """Attention of each token over its neighbourhood, a box of tokens at a time."""
+        queries, keys, place = (index.to(q.device) for index in _tiles(grid, self.window))
+        bias = self.window_bias[:, place.clamp(min=0)].masked_fill(place < 0, float("-inf")).unsqueeze(1)
+        output, lse = tile_attention(q, k, v, queries[None, None], keys[None, None], bias=bias, key_mask=mask, scale=1.0)
+        inverse = places_of(queries, q.shape[2])
+        return Partial(from_tiles(output, inverse), lse.flatten(2).index_select(2, inverse))
 
     def _far(
         self, q: Float[Tensor, "b h n d"], pooled: Float[Tensor, "b p c"], alive: Bool[Tensor, "b p"] | None, grid: Grid
@@ -182,3 +182,17 @@ class FovealAttention(AttentionMixer):
         bias = self.pool_bias.between(q, grid, self._sides(grid))
         allowed = None if alive is None else alive[:, None, None]
         return partial_attention(q, F.normalize(k, dim=-1), v, scale=1.0, bias=bias, allowed=allowed)
+
+
+def _tiles(grid: Grid, window: int) -> tuple[Int[Tensor, "t x"], Int[Tensor, "t y"], Int[Tensor, "x y"]]:
+    """Boxes of queries, of the keys around them, and where in its query's window each key of a box stands, -1 for outside."""
+    queries, keys, place = [], [], torch.zeros(1, 1, dtype=torch.int64)
+    for size in grid:
+        side = min(SIDE, size)
+        queries.append(segments_of(size, side))
+        keys.append(segments_of(size, side + window - 1, step=side, start=-(window // 2))[: len(queries[-1])])
+        along = torch.arange(side + window - 1) - torch.arange(side)[:, None]
+        along = along.masked_fill((along < 0) | (along >= window), -1)
+        both = place[:, None, :, None] * window + along[:, None]
+        place = both.masked_fill((place[:, None, :, None] < 0) | (along[:, None] < 0), -1).flatten(2).flatten(0, 1)
+    return product(queries, grid), product(keys, grid), place

@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnlab.ops.aggregation import eager, reference
+from attnlab.ops.aggregation.folding import fold_kernels
 from attnlab.ops.aggregation.runs import Window, windows_of
 from attnlab.ops.backends import Op, accumulate_dtype
 from attnlab.ops.chunks import common_dtype
 
-__all__ = ["OP", "SPREAD", "neighborhood_aggregation", "neighborhood_scatter"]
+__all__ = ["OP", "SPREAD", "fold_kernels", "neighborhood_aggregation", "neighborhood_scatter"]
 
 OP = Op("aggregation", {"reference": reference.gather, "eager": eager.gather})
 """The implementations of `neighborhood_aggregation`, which take the rules of all axes."""
@@ -88,7 +89,7 @@ def neighborhood_scatter(
         backend: see there.
     """
     axes = windows_of(grid, window, stride, dilation, border)
-    _check("u", weights, u, axes, math.prod(axis.queries for axis in axes))
+    _check("u", weights, u, axes, math.prod([axis.queries for axis in axes]))
     weights, u = common_dtype(weights=weights, u=u)
     sums = accumulate_dtype(u.dtype)
     out: Tensor = SPREAD(backend, u)(weights.to(sums), u.to(sums), axes)
@@ -101,6 +102,6 @@ def _check(name: str, weights: Tensor, x: Tensor, axes: Sequence[Window], count:
         raise ValueError(f"weights, {name}: expected (b, h, m, k) and (b, h, n, e), got {tuple(weights.shape)}, {tuple(x.shape)}")
     if x.shape[2] != count:
         raise ValueError(f"{name}: expected {count} tokens as the grid has, got {x.shape[2]}")
-    wanted = (math.prod(axis.queries for axis in axes), math.prod(axis.width for axis in axes))
+    wanted = (math.prod([axis.queries for axis in axes]), math.prod([axis.width for axis in axes]))
     if tuple(weights.shape[2:]) != wanted:
         raise ValueError(f"weights: expected {wanted[0]} queries of {wanted[1]} places, got {tuple(weights.shape[2:])}")
