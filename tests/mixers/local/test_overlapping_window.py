@@ -107,9 +107,8 @@ def test_without_overlap_it_is_window_attention() -> None:
 
 
 def test_keeps_the_laws_with_a_bias() -> None:
-    attnlab.check(
-        create_mixer("overlapping_window", 16, 4, window=2, relative_bias=True, rank=2, qkv_bias=True)
-    ).raise_if_failed()
+    options = {"window": 2, "relative_bias": True, "rank": 2, "qkv_bias": True}
+    attnlab.check("overlapping_window", options=options).raise_if_failed()
 
 
 @pytest.mark.parametrize(
