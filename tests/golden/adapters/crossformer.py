@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 
-from einops import rearrange
 from torch import Tensor
 
 from attnlab import Mixer, create_mixer
-from attnlab.core.windows import Windows
 from golden.layers import layer_norm, mlp
 from golden.recording import Recording, fill, renamed, rows
 
-PROVES = ("position:dynamic_mlp",)
+PROVES = ("position:dynamic_mlp", "mixer:long_short_distance")
 LATER = {"backbone"}  # a whole network; named models are not here yet
 
 _CTOR = re.compile(r"CrossFormerBlock\((\d+),\((\d+),(\d+)\),(\d+) heads,group_size=(\d+),interval=(\d+)")
@@ -27,38 +25,23 @@ _MLP = {
 }
 
 
-def _mixer(weights: dict[str, Tensor], dim: int, heads: int) -> Mixer:
-    """The attention of a group."""
+def _mixer(weights: dict[str, Tensor], dim: int, heads: int, distance: str, size: int, interval: int) -> Mixer:
+    """The attention of a block."""
     hidden = weights["pos.pos_proj.weight"].shape[0]
-    options = {"position": "dynamic_mlp", "position_options": {"rank": 2, "hidden": hidden}}
-    mixer = create_mixer("softmax", dim, heads, qkv_bias=True, **options).to(weights["proj.weight"].dtype)
+    mixer = create_mixer(
+        "long_short_distance",
+        dim,
+        heads,
+        distance=distance,
+        group=size,
+        interval=interval,
+        qkv_bias="qkv.bias" in weights,
+        position="dynamic_mlp",
+        position_options={"rank": 2, "hidden": hidden},
+    ).to(weights["proj.weight"].dtype)
     values = rows(weights, "qkv", {"q_proj": dim, "k_proj": dim, "v_proj": dim}) | renamed(weights, {"proj": "out_proj"})
     fill(mixer, values | renamed(weights, {f"pos.{old}": f"position.{new}" for old, new in _MLP.items()}))
     return mixer
-
-
-def _groups(x: Tensor, grid: tuple[int, int], size: int, interval: int) -> Tensor:
-    """Tokens of a grid that all sizes divide as (groups, tokens of a group, c), row-major in a group."""
-    sizes = {"gy": size, "gx": size, "iy": interval, "ix": interval, "y": grid[0] // (size * interval)}
-    return rearrange(x, "b (y gy iy x gx ix) c -> (b y x iy ix) (gy gx) c", x=grid[1] // (size * interval), **sizes)
-
-
-def _ungroup(x: Tensor, grid: tuple[int, int], size: int, interval: int) -> Tensor:
-    sizes = {"gy": size, "gx": size, "iy": interval, "ix": interval, "y": grid[0] // (size * interval)}
-    return rearrange(x, "(b y x iy ix) (gy gx) c -> b (y gy iy x gx ix) c", x=grid[1] // (size * interval), **sizes)
-
-
-def _block(weights: dict[str, Tensor], x: Tensor, grid: tuple[int, int], heads: int, size: int, interval: int) -> Tensor:
-    """One block; an interval of 1 makes groups of neighbours."""
-    attention = {name[len("attn.") :]: value for name, value in weights.items() if name.startswith("attn.")}
-    mixer = _mixer(attention, x.shape[-1], heads)
-    padding = Windows(grid, (size * interval,) * 2)
-    real = padding.pad(x.new_ones(x.shape[0], x.shape[1], 1))
-    groups = _groups(padding.pad(layer_norm(weights, "norm1", x)), padding.padded, size, interval)
-    taken = _groups(real, padding.padded, size, interval).squeeze(-1) > 0
-    mixed = mixer(groups, mask=taken, grid=(size, size))
-    x = x + padding.crop(_ungroup(mixed, padding.padded, size, interval))
-    return x + mlp(weights, "mlp", layer_norm(weights, "norm2", x))
 
 
 def run(recording: Recording) -> dict[str, Tensor]:
@@ -67,9 +50,12 @@ def run(recording: Recording) -> dict[str, Tensor]:
     weights = {name: recording.parameters(f"{name}.") for name in ("sda", "lda")}
 
     def block(name: str, x: Tensor) -> Tensor:
-        if min(grid) <= size:
-            return _block(weights[name], x, grid, heads, min(grid), 1)
-        return _block(weights[name], x, grid, heads, size, 1 if name == "sda" else interval)
+        own = weights[name]
+        attention = {key[len("attn.") :]: value for key, value in own.items() if key.startswith("attn.")}
+        distance = "short" if name == "sda" else "long"
+        mixer = _mixer(attention, x.shape[-1], heads, distance, size, interval)
+        x = x + mixer(layer_norm(own, "norm1", x), grid=grid)
+        return x + mlp(own, "mlp", layer_norm(own, "norm2", x))
 
     x = recording.leaf("in/x")
     near = block("sda", x)
