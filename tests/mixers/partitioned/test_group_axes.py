@@ -26,7 +26,7 @@ def definition(mixer, grid: tuple[int, ...]):
         for h in range(mixer.num_heads):
             rows = []
             for i, cell in enumerate(cells):
-                along = [cell[:axis] + (place,) + cell[axis + 1 :] for place in range(grid[axis])]
+                along = [(*cell[:axis], place, *cell[axis + 1 :]) for place in range(grid[axis])]
                 keys = [cells.index(other) for other in along if not mixer.causal or other <= cell]
                 logits = torch.einsum("bd,bmd->bm", q[h][:, i], k[h][:, keys]) / math.sqrt(q[h].shape[-1])
                 rows.append(torch.einsum("bm,bmd->bd", logits.softmax(-1), v[h][:, keys]))

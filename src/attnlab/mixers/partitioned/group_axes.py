@@ -32,7 +32,7 @@ class GroupAxes(TiledAttention):
 
     The last axis is Group Pose's attention within an instance, axis 0 that across instances, a slot at a time; two blocks with
     the norm behind are one self-attention of its decoder. On a table of speakers and frames the last axis is LoCoNet's long-term
-    attention of each speaker. Both in turn are equal to dense attention with masks of blocks. Time O(n s d) for an axis of side s,
+    attention of each speaker. Each is equal to dense attention with a mask of blocks. Time O(n s d) for an axis of side s,
     memory O(n d).
 
     Args:

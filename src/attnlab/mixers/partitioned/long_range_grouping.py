@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -25,8 +27,8 @@ from attnlab.mixers.parts.tiled_attention import TiledAttention
 class LongRangeGrouping(TiledAttention):
     r"""Softmax attention among the tokens that lie a whole number of intervals apart, over all views (Yang et al. 2023, LRGA).
 
-    A token stands at (view, y, x) of a grid of V views. With interval s its group is $(y \bmod s, x \bmod s)$, whichever the view,
-    and, with the values as V maps of all channels,
+    A token stands at (view, y, x) of a grid of V views. With interval s its group is $(y \bmod s, x \bmod s)$, whichever the
+    view, and, with the values as V maps of all channels,
 
     $$o_i = \sum_{j \in \mathrm{group}(i)} \mathrm{softmax}_j(d^{-1/2}\, q_i^\top k_j)\, v_j, \qquad
       Y = W_o\,(O + \mathrm{DWConv}_{3 \times 3}(V))$$
@@ -66,7 +68,7 @@ class LongRangeGrouping(TiledAttention):
             raise ValueError(f"position: expected 'none', got {self.position_name!r}; groups have no order")
         self.interval = interval
         width = self.num_heads * self.head_dim
-        place = {"device": options.get("device"), "dtype": options.get("dtype")}
+        place: dict[str, Any] = {"device": options.get("device"), "dtype": options.get("dtype")}
         self.signature = nn.Conv2d(width, width, 3, padding=1, groups=width, **place) if signature else None
 
     def tiles(self, grid: Grid) -> tuple[Int[Tensor, "t x"], Int[Tensor, "t y"]]:
