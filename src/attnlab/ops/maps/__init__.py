@@ -1,6 +1,6 @@
 r"""What an attention map says of itself: entropy and its bound, concentration, head diversity, sink and local focus.
 
-What activations say of their outliers: the largest entry and the kurtosis. And the maps of all layers in one: rollout.
+How much of one a choice of keys keeps. What activations say of their outliers: the largest entry and the kurtosis. And the maps of all layers in one: rollout.
 
 Maps are $A \in \mathbb{R}^{b \times h \times n \times m}$, rows the weights of one query, not negative. Masks are True at real
 tokens; masked queries, masked keys and rows without any weight are left out of every mean. The last query stands at the last key.
@@ -16,6 +16,7 @@ from attnlab.ops.maps.indicators import (
     local_focus,
     sink,
 )
+from attnlab.ops.maps.mass import kept_mass
 from attnlab.ops.maps.outliers import inf_norm, kurtosis
 from attnlab.ops.maps.rollout import rollout
 
@@ -25,6 +26,7 @@ __all__ = [
     "entropy_lower_bound",
     "head_diversity",
     "inf_norm",
+    "kept_mass",
     "kurtosis",
     "local_focus",
     "rollout",
