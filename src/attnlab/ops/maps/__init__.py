@@ -1,6 +1,7 @@
 r"""What an attention map says of itself: entropy and its bound, concentration, head diversity, sink and local focus.
 
-How much of one a choice of keys keeps. What activations say of their outliers: the largest entry and the kurtosis. And the maps of all layers in one: rollout.
+How much of a map a choice of keys keeps. What activations say of their outliers: the largest entry and the kurtosis. And the maps
+of all layers in one: rollout.
 
 Maps are $A \in \mathbb{R}^{b \times h \times n \times m}$, rows the weights of one query, not negative. Masks are True at real
 tokens; masked queries, masked keys and rows without any weight are left out of every mean. The last query stands at the last key.
