@@ -6,7 +6,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnlab.mixers.parts.selection import as_mask, block_means, chosen_places, smallest_share, tokens_of_blocks, top_k
+from attnlab.mixers.parts.selection import (
+    as_mask,
+    block_means,
+    chosen_places,
+    group_tiles,
+    smallest_share,
+    sums_at,
+    tokens_of_blocks,
+    top_k,
+)
 
 
 def test_top_k_marks_what_is_not_allowed() -> None:
@@ -46,3 +55,23 @@ def test_block_means_count_real_tokens() -> None:
 
 def test_tokens_of_blocks_end_with_the_sequence() -> None:
     assert tokens_of_blocks(torch.tensor([2, 0, -1]), 2, 5).tolist() == [4, -1, 0, 1, -1, -1]
+
+
+@given(st.lists(st.integers(-1, 3), min_size=1, max_size=17), st.integers(1, 5))
+def test_groups_are_cut_into_tiles_in_order(groups, size) -> None:
+    places, owner = group_tiles(torch.tensor(groups)[None, None], 4, size)
+    found = [(o, [p for p in row if p >= 0]) for o, row in zip(owner[0, 0].tolist(), places[0, 0].tolist(), strict=True)]
+    members = {g: [i for i, group in enumerate(groups) if group == g] for g in range(4)}
+    expected = [(g, members[g][i : i + size]) for g in range(4) for i in range(0, len(members[g]), size)]
+    assert found == expected + [(-1, [])] * (len(found) - len(expected))
+
+
+@given(st.lists(st.integers(-1, 4), min_size=6, max_size=6))
+def test_sums_at_places(named) -> None:
+    places, x = torch.tensor(named).view(1, 1, 2, 3), torch.randn(1, 1, 2, 3, 2)
+    total, count = sums_at(x, places, 5)
+    rows = x.flatten(0, 3)
+    for place in range(5):
+        here = [i for i, p in enumerate(named) if p == place]
+        torch.testing.assert_close(total[0, 0, place], rows[here].sum(0))
+        assert int(count[0, 0, place]) == len(here)

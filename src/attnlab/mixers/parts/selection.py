@@ -66,3 +66,39 @@ def tokens_of_blocks(blocks: Int[Tensor, "*s c"], size: int, length: int) -> Int
     """The places of the tokens of these blocks, one block behind the other; -1 for no block and beyond ``length``."""
     tokens = blocks.unsqueeze(-1) * size + torch.arange(size, device=blocks.device)
     return tokens.masked_fill((blocks < 0).unsqueeze(-1) | (tokens >= length), -1).flatten(-2)
+
+
+def group_tiles(group: Int[Tensor, "b h n"], count: int, size: int) -> tuple[Int[Tensor, "b h t x"], Int[Tensor, "b h t"]]:
+    """The members of each of ``count`` groups in order, cut into tiles of ``size``, and the group of each tile; -1 for none.
+
+    A group of -1 is none. A group's tiles follow one another. There are as many tiles as there can be, so that no shape is data.
+    """
+    n = group.shape[-1]
+    room = n // size + count
+    group = group.masked_fill(group < 0, count)
+    order = group.argsort(dim=-1, stable=True)
+    group = group.gather(-1, order)
+    number = torch.zeros(*group.shape[:-1], count + 1, dtype=group.dtype, device=group.device)
+    number = number.scatter_add(-1, group, torch.ones_like(group))
+    tiles = (number + size - 1) // size
+    first, start = ((x.cumsum(-1) - x).gather(-1, group) for x in (tiles, number))
+    rank = torch.arange(n, device=group.device) - start
+    place = (first + rank // size) * size + rank % size
+    place = place.masked_fill(group == count, room * size)
+    places = order.new_full((*group.shape[:-1], room * size + 1), -1).scatter(-1, place, order)
+    owner = order.new_full((*group.shape[:-1], room + 1), -1).scatter(-1, place // size, group)
+    return places[..., :-1].unflatten(-1, (room, size)), owner[..., :-1]
+
+
+def sums_at(
+    x: Float[Tensor, "b h t x e"], places: Int[Tensor, "b h t x"], length: int
+) -> tuple[Float[Tensor, "b h n e"], Int[Tensor, "b h n"]]:
+    """The sum of what stands at each of ``length`` places, and how often it is named; -1 is no place."""
+    b, h, e = *x.shape[:2], x.shape[-1]
+    row = places.flatten(2)
+    named = row >= 0
+    row = torch.where(named, row, length)
+    count = torch.zeros(b, h, length + 1, dtype=torch.int64, device=x.device).scatter_add(2, row, named.long())
+    flat = (row + torch.arange(b * h, device=x.device).view(b, h, 1) * (length + 1)).flatten()
+    total = x.new_zeros(b * h * (length + 1), e).index_add(0, flat, x.flatten(0, 3))
+    return total.view(b, h, length + 1, e)[:, :, :-1], count[..., :-1]
