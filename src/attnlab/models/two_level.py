@@ -46,8 +46,9 @@ class TwoLevelBlock(nn.Module):
         inner_mixer: one for the words.
         inner_options: its own options.
         channel_options: options of the MLP in both blocks, such as ``bias``.
-        squeeze: r, with which the output t of the outer MLP becomes $t + t \odot \tanh(W_2\,\mathrm{relu}(W_1\,\mathrm{LN}(\bar t)))$,
-            inner width r d and $\bar t$ the mean of the tokens, prefix included; None for none.
+        squeeze: r, with which the output t of the outer MLP becomes
+            $t + t \odot \tanh(W_2\,\mathrm{relu}(W_1\,\mathrm{LN}(\bar t)))$, inner width r d and $\bar t$ the mean of the
+            tokens, prefix included; None for none.
         drop_path: probability with which training drops one of the four branches of an example; the injection stays.
         generator: what stochastic depth draws from.
         device: of the parameters.
