@@ -111,3 +111,16 @@ def test_bad_arguments() -> None:
         ConvBN(2, 2, rank=1)(torch.randn(1, 6, 2), (2, 3))
     with pytest.raises(ValueError, match="evaluation mode"):
         ConvBN(2, 2).fuse()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("grid", [(9, 10), (2, 5, 9)])
+def test_gradients_of_a_batch_of_one_in_any_memory(grid, training) -> None:
+    layer = ConvBN(4, 8, rank=len(grid)).double().train(training)
+    x = torch.randn(1, 90, 4, dtype=torch.float64, requires_grad=True)
+    gradient = torch.randn(1, 90, 8, dtype=torch.float64)
+    leaves = [x, *layer.parameters()]
+    expected = torch.autograd.grad(layer(x, grid), leaves, gradient)
+    strided = torch.empty_strided((1, 90, 8), (8, 8, 1), dtype=torch.float64).copy_(gradient)
+    for ours, theirs in zip(torch.autograd.grad(layer(x, grid), leaves, strided), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -70,7 +71,7 @@ class ConvBN(nn.Module):
         if self.norm is None:
             return zero_masked(from_grid(y), mask)
         if not self.training or (mask is None and y.numel() > y.shape[1]):
-            return zero_masked(from_grid(self.norm(y)), mask)
+            return zero_masked(_normalize_all(y, self.norm).transpose(1, 2), mask)
         return _normalize_real(from_grid(y), self.norm, mask)
 
     def fuse(self) -> None:
@@ -104,6 +105,18 @@ def batch_norm(y: Float[Tensor, "b n c"], norm: nn.BatchNorm1d, mask: Bool[Tenso
     if norm.training and (mask is not None or y.numel() == y.shape[2]):
         return _normalize_real(y, norm, mask)
     return zero_masked(norm(y.transpose(1, 2)).transpose(1, 2), mask)
+
+
+def _normalize_all(y: Float[Tensor, "b e *grid"], norm: Any) -> Float[Tensor, "b e n"]:
+    """``norm`` of every token, the grid flat.
+
+    On images and volumes torch 2.13's CPU backward returns a wrong gradient, and says nothing, where the batch is of one example
+    and the gradient that arrives lies in memory tokens first with another stride of the batch; on flat tokens it is right.
+    """
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+    place = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    return F.batch_norm(y.flatten(2), *place, norm.training, norm.momentum, norm.eps)
 
 
 def _normalize_real(y: Float[Tensor, "b n e"], norm: Any, mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b n e"]:
