@@ -17,10 +17,8 @@ from attnlab.core.info import Supports
 from attnlab.core.masks import Masks, zero_masked
 from attnlab.core.tilings import boxes, product, segments_of
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
-from attnlab.mixers.parts.tiled_attention import zero_keys
+from attnlab.mixers.parts.tiled_attention import BORDERS, zero_keys
 from attnlab.ops.tile_attention import from_tiles, places_of, tile_attention
-
-BORDERS = ("zero_keys", "masked")
 
 
 @mixers.register(

@@ -15,9 +15,7 @@ from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.core.tilings import boxes, product, segments_of
 from attnlab.mixers.attention import AttentionOptions
-from attnlab.mixers.parts.tiled_attention import TiledAttention, zero_keys
-
-BORDERS = ("zero_keys", "masked")
+from attnlab.mixers.parts.tiled_attention import BORDERS, TiledAttention, zero_keys
 
 
 @mixers.register(

@@ -14,6 +14,9 @@ from attnlab.mixers.attention import AttentionMixer
 from attnlab.ops.attention import Pairwise
 from attnlab.ops.tile_attention import from_tiles, places_of, tile_attention
 
+BORDERS = ("zero_keys", "masked")
+"""What cells beyond a grid may be among the keys of a tile: see `zero_keys`, or none at all."""
+
 
 class TiledAttention(AttentionMixer):
     """Queries of a tile attend to the keys of the same tile; subclasses name both.
