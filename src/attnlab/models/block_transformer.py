@@ -164,7 +164,7 @@ class BlockTransformer(nn.Module):
         """
         kept, length = state["ids"].shape[1], self.block_length
         ids = torch.cat((state["ids"], tokens), 1)
-        # The kept ids begin with the one that ended the last block: what follows is the next block, and read by this one's context.
+        # The kept ids begin with the one that ended the last block: what follows is of the next one.
         rows = self._blocks(ids[:, 1:]) if kept else self._first(ids)
         after, context = dict(state), state["context"]
         if rows.shape[1]:
