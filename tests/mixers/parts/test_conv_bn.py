@@ -117,7 +117,7 @@ def test_bad_arguments() -> None:
 @pytest.mark.parametrize("grid", [(9, 10), (2, 5, 9)])
 def test_gradients_of_a_batch_of_one_in_any_memory(grid, training) -> None:
     layer = ConvBN(4, 8, rank=len(grid)).double().train(training)
-    x = torch.randn(1, 90, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 4, 90, dtype=torch.float64).mT.requires_grad_()
     gradient = torch.randn(1, 90, 8, dtype=torch.float64)
     leaves = [x, *layer.parameters()]
     expected = torch.autograd.grad(layer(x, grid), leaves, gradient)
