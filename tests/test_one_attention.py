@@ -20,6 +20,7 @@ ALLOWED = {
     "mixers/heads/union_of_experts.py": "a gate over heads",
     "mixers/linear/rala.py": "weights of the keys, from one mean query",
     "mixers/linear/sparse_state.py": "a gate over partitions, and keys over their channels",
+    "mixers/local/contextual_mixing.py": "predicted kernels, which have no keys",
     "mixers/local/outlook.py": "predicted weights of the places of a window, which have no queries and keys",
     "mixers/parts/features.py": "features of one token, over its channels",
     "mixers/parts/routed_lora.py": "a gate over experts",

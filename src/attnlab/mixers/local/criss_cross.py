@@ -38,7 +38,8 @@ class CrissCrossAttention(Mixer):
     One softmax over all of $S_u$, without a scale; the authors have one head, and queries and keys of C / 8 channels. $\gamma$ is
     0 at first, so that a fresh layer is the identity: the residual branch belongs to the mechanism. All passes share all weights.
     After one pass a cell knows its cross, after as many as the grid has axes every cell: (a, b) reaches (i, j) through (a, j) and
-    (i, b). A line of each axis is a tile, and the parts are merged by their log-sum-exp: time O(n (H + W) C) a pass, memory O(n C).
+    (i, b). A line of each axis is a tile, and the parts are merged by their log-sum-exp: time O(n (H + W) C) a pass,
+    memory O(n C).
     ``record`` collects "values", "mixed" and "attention" of the last pass, and "composed", the product of the maps of all.
 
     Args:
