@@ -40,7 +40,7 @@ def interval_segments(size: int, side: int, interval: int, start: int = 0) -> In
     family="local",
     paper="crossformer",
     supports=Supports(grid=frozenset({1, 2, 3}), mixing_matrix=True, cost=1.0),
-    example={"distance": "long", "group": 2, "interval": 2},
+    example={"group": 3},
 )
 class LongShortDistanceAttention(TiledAttention):
     r"""Attention in groups of G cells an axis, near or far (Wang et al. 2021, CrossFormer, section 3.2): ``distance`` says which.
