@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from attnlab.core.catalog import mixers
-from attnlab.core.grid import Grid, from_grid, to_grid
+from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
+from attnlab.mixers.parts.zero_tokens import mix_with_zero_tokens
 from attnlab.ops.tile_attention.neighborhood import Axis, axes_of, neighborhood_attention
 from attnlab.ops.tile_attention.neighborhood.by_length import attend_by_length
 
@@ -157,13 +157,7 @@ class NeighborhoodAttention(AttentionMixer):
         if self.short_axes != "zero_tokens" or not any(missing):
             return super().mix(x, context, masks, grid)
         padded = tuple(side + more for side, more in zip(grid, missing, strict=True))
-        widths = [width for more in reversed(missing) for width in (0, more)]
-        real = torch.ones_like(x[..., :1]) if masks.query is None else masks.query.unsqueeze(-1).to(x.dtype)
-        mask = from_grid(F.pad(to_grid(real, grid), widths, value=1.0)).squeeze(-1) > 0
-        y = to_grid(super().mix(from_grid(F.pad(to_grid(x, grid), widths)), None, Masks(mask, mask), padded), padded)
-        for axis, side in enumerate(grid, start=2):
-            y = y.narrow(axis, 0, side)
-        return from_grid(y)
+        return mix_with_zero_tokens(super().mix, x, masks, grid, padded)
 
     def _wanted(self, grid: Grid) -> tuple[Axis, ...]:
         return axes_of(grid, self.window, self.stride, self.dilation, self.causal_axes)

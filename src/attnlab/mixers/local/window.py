@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
@@ -15,6 +14,7 @@ from attnlab.core.tilings import boxes
 from attnlab.core.windows import Windows
 from attnlab.mixers.attention import AttentionOptions
 from attnlab.mixers.parts.tiled_attention import TiledAttention
+from attnlab.mixers.parts.zero_tokens import mix_with_zero_tokens
 
 
 @mixers.register(
@@ -83,7 +83,4 @@ class WindowAttention(TiledAttention):
         """Project, attend inside windows, project back; zero tokens are there first."""
         if self.border == "masked":
             return super().mix(x, context, masks, grid)
-        windows = Windows(grid, (self.window,) * len(grid))
-        real = torch.ones_like(x[..., 0], dtype=torch.bool) if masks.query is None else masks.query
-        real = windows.pad(real.unsqueeze(-1), value=True).squeeze(-1)
-        return windows.crop(super().mix(windows.pad(x), None, Masks(real, real), windows.padded))
+        return mix_with_zero_tokens(super().mix, x, masks, grid, Windows(grid, (self.window,) * len(grid)).padded)

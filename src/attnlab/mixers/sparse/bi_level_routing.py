@@ -14,9 +14,9 @@ from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.core.tilings import boxes
-from attnlab.core.windows import Windows
 from attnlab.mixers.attention import AttentionMixer
 from attnlab.mixers.parts.selection import top_k
+from attnlab.mixers.parts.zero_tokens import mix_with_zero_tokens
 from attnlab.ops.partials import Partial, merge
 from attnlab.ops.tile_attention import from_tiles, places_of, tile_attention
 
@@ -194,7 +194,4 @@ class BiLevelRoutingAttention(AttentionMixer):
             return super().mix(x, context, masks, grid)
         # As in the released code up to S regions a side may be padding alone.
         padded = tuple(self.num_regions * side for side in self.regions(grid))
-        windows = Windows(grid, padded)
-        real = torch.ones_like(x[..., 0], dtype=torch.bool) if masks.query is None else masks.query
-        real = windows.pad(real.unsqueeze(-1), value=True).squeeze(-1)
-        return windows.crop(super().mix(windows.pad(x), None, Masks(real, real), padded))
+        return mix_with_zero_tokens(super().mix, x, masks, grid, padded)
