@@ -71,7 +71,8 @@ def tokens_of_blocks(blocks: Int[Tensor, "*s c"], size: int, length: int) -> Int
 def group_tiles(group: Int[Tensor, "b h n"], count: int, size: int) -> tuple[Int[Tensor, "b h t x"], Int[Tensor, "b h t"]]:
     """The members of each of ``count`` groups in order, cut into tiles of ``size``, and the group of each tile; -1 for none.
 
-    A group of -1 is none. A group's tiles follow one another. There are as many tiles as there can be, so that no shape is data.
+    A group of -1 is none. A group's tiles follow one another. Where a graph is traced there are as many tiles as there can be, so
+    that no shape is data, and else as many as are needed.
     """
     n = group.shape[-1]
     room = n // size + count
@@ -87,7 +88,9 @@ def group_tiles(group: Int[Tensor, "b h n"], count: int, size: int) -> tuple[Int
     place = place.masked_fill(group == count, room * size)
     places = order.new_full((*group.shape[:-1], room * size + 1), -1).scatter(-1, place, order)
     owner = order.new_full((*group.shape[:-1], room + 1), -1).scatter(-1, place // size, group)
-    return places[..., :-1].unflatten(-1, (room, size)), owner[..., :-1]
+    traced = torch.compiler.is_compiling() or group.is_meta
+    used = room if traced else max(1, int(tiles[..., :-1].sum(-1).max()))
+    return places[..., :-1].unflatten(-1, (room, size))[..., :used, :], owner[..., :used]
 
 
 def sums_at(
