@@ -26,8 +26,8 @@ class RoutedMLP(ChannelMixer):
     $$y = \sum_{g \in S(x)} W_2^g\, \sigma(W_1^g x + b_1^g) + b_2$$
 
     or, ``gated``, $\sum_{g \in S(x)} W_2^g\, (\sigma(W_1^g x) \odot W_3^g x)$. With k = G it is the perceptron. The choice is
-    hard and outputs are not weighted by it: the router has no gradient. A block takes its own tokens alone, time O(n k / G) of the
-    perceptron's; under compilation all units are computed, and those that are off set to 0.
+    hard and outputs are not weighted by it: the router has no gradient. A block takes its own tokens alone, time O(n k / G) of
+    the perceptron's; under compilation all units are computed, and those that are off set to 0.
 
     Args:
         dim: width of the tokens.
