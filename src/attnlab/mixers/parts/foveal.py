@@ -8,17 +8,17 @@ from typing import Any, TypedDict
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from attnlab.core.grid import Grid, from_grid, to_grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks, zero_masked
-from attnlab.core.tilings import product, segments_of
 from attnlab.mixers.attention import AttentionMixer
 from attnlab.mixers.parts.cosine import ScaledCosine
 from attnlab.mixers.parts.grid_pooling import pool_grid
 from attnlab.mixers.parts.pooled_cpb import PooledCPB
+from attnlab.mixers.parts.sliding_boxes import sliding_boxes
 from attnlab.ops.aggregation import neighborhood_aggregation
 from attnlab.ops.partial_attention import Partial, merge, partial_attention
 from attnlab.ops.tile_attention import from_tiles, places_of, tile_attention
@@ -40,10 +40,6 @@ class FovealOptions(TypedDict, total=False):
     positional_weights: bool
     device: torch.device | None
     dtype: torch.dtype | None
-
-
-SIDE = 8
-"""Queries along an axis of a tile, at most."""
 
 
 class FovealAttention(AttentionMixer):
@@ -168,8 +164,8 @@ class FovealAttention(AttentionMixer):
         grid: Grid,
     ) -> Partial:
         """Attention of each token over its neighbourhood, a box of tokens at a time."""
-        queries, keys, place = (index.to(q.device) for index in _tiles(grid, self.window))
-        bias = self.window_bias[:, place.clamp(min=0)].masked_fill(place < 0, float("-inf")).unsqueeze(1)
+        boxes = sliding_boxes(grid, (self.window,) * 2)
+        queries, keys, bias = boxes.queries.to(q.device), boxes.keys.to(q.device), boxes.bias(self.window_bias)
         output, lse = tile_attention(q, k, v, queries[None, None], keys[None, None], bias=bias, key_mask=mask, scale=1.0)
         inverse = places_of(queries, q.shape[2])
         return Partial(from_tiles(output, inverse), lse.flatten(2).index_select(2, inverse))
@@ -182,17 +178,3 @@ class FovealAttention(AttentionMixer):
         bias = self.pool_bias.between(q, grid, self._sides(grid))
         allowed = None if alive is None else alive[:, None, None]
         return partial_attention(q, F.normalize(k, dim=-1), v, scale=1.0, bias=bias, allowed=allowed)
-
-
-def _tiles(grid: Grid, window: int) -> tuple[Int[Tensor, "t x"], Int[Tensor, "t y"], Int[Tensor, "x y"]]:
-    """Boxes of queries, of the keys around them, and where in its query's window each key of a box stands, -1 for outside."""
-    queries, keys, place = [], [], torch.zeros(1, 1, dtype=torch.int64)
-    for size in grid:
-        side = min(SIDE, size)
-        queries.append(segments_of(size, side))
-        keys.append(segments_of(size, side + window - 1, step=side, start=-(window // 2))[: len(queries[-1])])
-        along = torch.arange(side + window - 1) - torch.arange(side)[:, None]
-        along = along.masked_fill((along < 0) | (along >= window), -1)
-        both = place[:, None, :, None] * window + along[:, None]
-        place = both.masked_fill((place[:, None, :, None] < 0) | (along[:, None] < 0), -1).flatten(2).flatten(0, 1)
-    return product(queries, grid), product(keys, grid), place
