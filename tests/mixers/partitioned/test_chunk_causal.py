@@ -43,13 +43,12 @@ def test_the_limits_are_causal_and_dense_attention(chunk, causal) -> None:
     torch.testing.assert_close(mixer(x), dense(x))
 
 
-def test_a_mask_of_pairs_comes_on_top() -> None:
+def test_chunks_begin_with_the_first_real_token() -> None:
     mixer, x = build("chunk_causal", chunk=3), tokens(9)
-    pair = torch.ones(1, 1, 9, 9, dtype=torch.bool)
-    pair[..., 0] = False
-    moved = x.detach().clone()
-    moved[:, 0] += 1.0
-    torch.testing.assert_close(mixer(x, pair_mask=pair)[:, 1:], mixer(moved, pair_mask=pair)[:, 1:])
+    mask = torch.arange(9)[None] >= torch.tensor([[0], [2]])
+    y = mixer(x, mask=mask)
+    torch.testing.assert_close(y[1, 2:], mixer(x[1:, 2:])[0])
+    torch.testing.assert_close(y[0], mixer(x[:1])[0])
 
 
 def test_refusals() -> None:

@@ -81,13 +81,17 @@ def test_one_group_or_nothing_but_sinks_is_dense_attention(options, causal) -> N
     torch.testing.assert_close(mixer(x), dense(x))
 
 
-def test_the_ring_closes_at_the_last_real_token() -> None:
-    mixer = build("shifted_sparse", group=4, wrapped=True)
-    x = tokens(11)
-    mask = torch.arange(11)[None] < torch.tensor([[11], [7]])
-    y = mixer(x, mask=mask)
-    torch.testing.assert_close(y[1, :7], mixer(x[1:, :7])[0])
-    torch.testing.assert_close(y[0], mixer(x[:1])[0])
+@pytest.mark.parametrize(
+    "options", [{"wrapped": True}, {"num_sinks": 2}, {"num_sinks": 2, "causal": True}, {"causal": True}], ids=str
+)
+def test_a_sequence_reaches_from_its_first_real_token_to_its_last(options) -> None:
+    mixer, x = build("shifted_sparse", group=4, **options), tokens(11)
+    for begin, end in ((0, 7), (3, 11), (2, 9), (4, 5)):
+        mask = torch.ones(2, 11, dtype=torch.bool)
+        mask[1, :begin] = mask[1, end:] = False
+        y = mixer(x, mask=mask)
+        torch.testing.assert_close(y[1, begin:end], mixer(x[1:, begin:end])[0])
+        torch.testing.assert_close(y[0], mixer(x[:1])[0])
 
 
 def sees(mixer, n: int) -> Tensor:

@@ -19,7 +19,7 @@ from attnlab.mixers.attention import AttentionMixer, AttentionOptions
     family="partitioned",
     paper="fit",
     partial=True,
-    supports=Supports(pair_mask=True, mixing_matrix=True, cost=2.0),
+    supports=Supports(mixing_matrix=True, cost=2.0),
     example={"chunk": 3},
 )
 class ChunkCausalAttention(AttentionMixer):
@@ -28,7 +28,8 @@ class ChunkCausalAttention(AttentionMixer):
     $$o_i = \sum_{j:\, \lfloor j / m \rfloor \le \lfloor i / m \rfloor} \mathrm{softmax}_j(d^{-1/2}\, q_i^\top k_j)\, v_j$$
 
     Inside a chunk of m tokens it looks ahead, so this is not what ``causal=True`` promises; a chunk of one is causal attention,
-    and one as long as the sequence dense attention. Time O(n^2 d), memory O(n^2) for the mask.
+    and one as long as the sequence dense attention. Chunks are counted from the
+    first real token on. Time O(n^2 d), memory O(n^2) for the mask.
 
     Args:
         dim: width of the tokens.
@@ -56,6 +57,9 @@ class ChunkCausalAttention(AttentionMixer):
         grid: Grid | None,
     ) -> Float[Tensor, "b h n e"]:
         """Softmax over one's own chunk and those before."""
-        chunk = torch.arange(q.shape[2], device=q.device) // self.chunk
-        allowed = (chunk[:, None] >= chunk)[None, None]
-        return self.dense(q, k, v, masks._replace(pair=allowed if masks.pair is None else masks.pair & allowed), grid)
+        place = torch.arange(q.shape[2], device=q.device)[None]
+        if masks.key is not None:
+            place = place - torch.where(masks.key, place, q.shape[2]).amin(1, keepdim=True)
+        chunk = place.div(self.chunk, rounding_mode="floor")
+        allowed = (chunk[:, :, None] >= chunk[:, None]).unsqueeze(1)
+        return self.dense(q, k, v, masks._replace(pair=allowed), grid)

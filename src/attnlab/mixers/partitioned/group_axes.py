@@ -21,7 +21,7 @@ from attnlab.mixers.parts.tiled_attention import TiledAttention
     family="partitioned",
     paper="group-pose",
     also=("loconet",),
-    supports=Supports(causal="optional", grid=frozenset({2, 3}), mixing_matrix=True, cost=1.5),
+    supports=Supports(grid=frozenset({2, 3}), mixing_matrix=True, cost=1.5),
 )
 class GroupAxes(TiledAttention):
     r"""Softmax attention along one axis of the grid (Liu et al. 2023, Group Pose, section 3.2; Wang et al. 2023, LoCoNet).
@@ -43,7 +43,7 @@ class GroupAxes(TiledAttention):
 
     Raises:
         ValueError: for an axis that no grid of rank 3 has, or a position of another kind.
-        UnsupportedError: for a grid that has no such axis.
+        UnsupportedError: with ``causal=True``, and for a grid that has no such axis.
 
     Differs from the papers: Group Pose adds a position embedding to queries and keys of the last axis (its code to the values and
     the stream too, in place); add it to the tokens for what the code does.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -12,7 +14,6 @@ from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
-from attnlab.ops.attention import attention
 from attnlab.ops.tile_attention import tile_attention
 
 
@@ -43,7 +44,7 @@ class ShiftedSparseAttention(AttentionMixer):
         num_sinks: s, leading tokens that see all and are seen by all; the paper has about 4.
         wrapped: the released S2-Attn, with ``causal=False`` alone, for it looks ahead: the sequence of shifted heads is a ring,
             its last group holds the last tokens and then the first $\sigma$, and a token uses those before it in its group; so
-            do the other heads. The ring closes at the last real token.
+            do the other heads.
         **options: those of `AttentionMixer`; ``position`` may be "none" or "rotary".
 
     Raises:
@@ -52,8 +53,8 @@ class ShiftedSparseAttention(AttentionMixer):
     Differs from the paper: the released code has no SF-Attn, and its attention is ``wrapped=True``: the first tokens see the
     last ones there, in training, while it calls itself causal; no option of it is called causal here. For an odd G its outputs
     come back one place off (it shifts by one number and back by another); they are at their places here. Inference in the paper
-    is dense attention with an evicting cache, and the low-rank training is not part of the mechanism. Sinks are the first s
-    places, real or not: with sinks, pad on the right.
+    is dense attention with an evicting cache, and the low-rank training is not part of the mechanism. A sequence
+    reaches from its first real token to its last, wherever padding stands.
     """
 
     def __init__(
@@ -91,39 +92,44 @@ class ShiftedSparseAttention(AttentionMixer):
     ) -> Float[Tensor, "b h n e"]:
         """Softmax inside each group and over the sinks."""
         n = q.shape[2]
-        tiles = self._wrapped(n, masks.key, q.device) if self.wrapped else self._groups(n, q.device)
-        keys, rank = tiles, None
-        if self.wrapped:
-            above = torch.ones(self.group, self.group, dtype=torch.bool, device=q.device).triu(1)
-            rank = q.new_zeros(1, 1, self.group, self.group).masked_fill(above, float("-inf"))
-        if self.num_sinks:
-            sinks = torch.arange(min(self.num_sinks, n), device=q.device).expand(*tiles.shape[:3], -1)
-            keys = torch.cat((sinks, tiles.masked_fill(tiles < self.num_sinks, -1)), dim=-1)
-        found = tile_attention(q, k, v, tiles, keys, bias=rank, causal=self.causal, key_mask=masks.key).output
-        heads = _in_place(found, tiles, n)
-        if not self.num_sinks or self.causal:
-            return heads  # what a sink may see are sinks, which every group has
-        first = attention(q[:, :, : self.num_sinks], k, v, key_mask=masks.key)
-        return torch.cat((first, heads[:, :, self.num_sinks :]), dim=2)
+        span = _Span.of(n, masks.key, q.device)
+        tiles = self._wrapped(n, span) if self.wrapped else self._groups(n, span)
+        if not self.num_sinks:
+            rank = None
+            if self.wrapped:
+                above = torch.ones(self.group, self.group, dtype=torch.bool, device=q.device).triu(1)
+                rank = q.new_zeros(1, 1, self.group, self.group).masked_fill(above, float("-inf"))
+            found = tile_attention(q, k, v, tiles, tiles, bias=rank, causal=self.causal, key_mask=masks.key).output
+            return _in_place(found.flatten(2, 3), tiles.flatten(2), n)
+        sinks = (span.first + torch.arange(self.num_sinks, device=q.device))[:, None, None]
+        sinks = sinks.masked_fill(sinks >= span.end[:, None, None], -1)
+        others = tiles.masked_fill(tiles < (span.first + self.num_sinks)[:, None, None], -1)
+        keys = torch.cat((sinks.expand(*others.shape[:3], -1), others), dim=-1)
+        if self.causal:  # what a sink may see are sinks, which every group has
+            found = tile_attention(q, k, v, tiles, keys, causal=True, key_mask=masks.key).output
+            return _in_place(found.flatten(2, 3), tiles.flatten(2), n)
+        found = tile_attention(q, k, v, others, keys, key_mask=masks.key).output
+        every = torch.arange(n, device=q.device)[None, None, None]
+        first = tile_attention(q, k, v, sinks, every, key_mask=masks.key).output
+        places = torch.cat((others.flatten(2), sinks.flatten(2).expand(*others.shape[:2], -1)), dim=2)
+        return _in_place(torch.cat((found.flatten(2, 3), first.flatten(2, 3)), dim=2), places, n)
 
-    def _groups(self, n: int, device: torch.device) -> Int[Tensor, "1 h t x"]:
+    def _groups(self, n: int, span: _Span) -> Int[Tensor, "#b h t x"]:
         """The places of each head's groups, so many for both kinds of head; -1 for none."""
-        shift = self._shifts(device)
+        shift = self._shifts(span.first.device)
         begin = shift - self.group * (shift > 0).long()
         count = -(-n // self.group) + 1
-        places = begin[:, None, None] + torch.arange(count * self.group, device=device).view(count, self.group)
-        return places.masked_fill((places < 0) | (places >= n), -1)[None]
+        places = torch.arange(count * self.group, device=shift.device).view(count, self.group) + begin[:, None, None]
+        places = places + span.first[:, None, None]
+        return places.masked_fill((places < span.first[:, None, None]) | (places >= span.end[:, None, None]), -1)
 
-    def _wrapped(self, n: int, mask: Bool[Tensor, "b n"] | None, device: torch.device) -> Int[Tensor, "#b h t x"]:
-        """The places of each head's groups on a ring, which is as long as the sequence up to its last real token."""
-        length = torch.full((1,), n, device=device)
-        if mask is not None:
-            length = torch.where(mask, torch.arange(1, n + 1, device=device), 1).amax(1)
+    def _wrapped(self, n: int, span: _Span) -> Int[Tensor, "#b h t x"]:
+        """The places of each head's groups on a ring."""
         count = -(-n // self.group)
-        rank = torch.arange(count * self.group, device=device)
-        ring = (rank + self._shifts(device)[None, :, None]) % length[:, None, None]
-        ring = ring.masked_fill(rank >= length[:, None, None], -1)
-        return ring.unflatten(2, (count, self.group))
+        rank = torch.arange(count * self.group, device=span.first.device)
+        length = span.end - span.first
+        ring = span.first[:, None] + (rank + self._shifts(rank.device)[None, :, None]) % length[:, None]
+        return ring.masked_fill(rank >= length[:, None], -1).unflatten(2, (count, self.group))
 
     def _shifts(self, device: torch.device) -> Int[Tensor, "h"]:
         """The place where the first whole group of each head begins."""
@@ -131,11 +137,27 @@ class ShiftedSparseAttention(AttentionMixer):
         return (head >= self.num_heads - self.num_shifted).long() * -(-self.group // 2)
 
 
-def _in_place(x: Float[Tensor, "b h t x e"], places: Int[Tensor, "#b h t x"], n: int) -> Float[Tensor, "b h n e"]:
-    """What tiles hold for each token, zeros at tokens in no tile; each stands in one."""
-    rows = x.flatten(2, 3)
-    place = torch.where(places < 0, n, places).flatten(2)
-    inverse = torch.full((*place.shape[:2], n + 1), rows.shape[2], device=x.device)
-    inverse = inverse.scatter(2, place, torch.arange(rows.shape[2], device=x.device).expand_as(place))[..., :n]
-    rows = torch.cat((rows, rows.new_zeros(*rows.shape[:2], 1, rows.shape[3])), dim=2)
-    return rows.gather(2, inverse.expand(len(rows), -1, -1).unsqueeze(-1).expand(-1, -1, -1, rows.shape[3]))
+class _Span(NamedTuple):
+    """Where each sequence begins and ends, its first real token and the place behind its last: (#b, 1)."""
+
+    first: Int[Tensor, "#b 1"]
+    end: Int[Tensor, "#b 1"]
+
+    @classmethod
+    def of(cls, n: int, mask: Bool[Tensor, "b n"] | None, device: torch.device) -> _Span:
+        """Of n places; one without a real token is the last place alone."""
+        if mask is None:
+            return cls(torch.zeros(1, 1, dtype=torch.int64, device=device), torch.full((1, 1), n, device=device))
+        place = torch.arange(n, device=device)
+        first = torch.where(mask, place, n - 1).amin(1, keepdim=True)
+        return cls(first, torch.maximum(torch.where(mask, place, -1).amax(1, keepdim=True), first) + 1)
+
+
+def _in_place(rows: Float[Tensor, "b h r e"], places: Int[Tensor, "#b #h r"], n: int) -> Float[Tensor, "b h n e"]:
+    """What stands for each token among rows of tiles, zeros for a token that has no row; no token has two."""
+    b, h, r, e = rows.shape
+    place = torch.where(places < 0, n, places).expand(-1, h, -1)
+    inverse = torch.full((*place.shape[:2], n + 1), r, device=rows.device)
+    inverse = inverse.scatter(2, place, torch.arange(r, device=rows.device).expand_as(place))[..., :n]
+    rows = torch.cat((rows, rows.new_zeros(b, h, 1, e)), dim=2)
+    return rows.gather(2, inverse.expand(b, -1, -1).unsqueeze(-1).expand(-1, -1, -1, e))
