@@ -58,8 +58,9 @@ class LocalLatents(nn.Module):
         ValueError: for sizes out of their range; in use, for a grid of another rank than the groups, or tokens with a prefix.
         UnsupportedError: with ``causal=True``, for a mixer that cannot be causal.
 
-    Differs from the paper: groups without a real token have no latents, and the first group of FIT-AR reads nothing, where the
-    authors let it read zeros. LN has an epsilon of 1e-5. Embeddings and heads are not here.
+    Differs from the paper: groups are cut from the first place on, real or not; those without a real token have no latents, and
+    the first group of FIT-AR reads nothing, where the authors let it read zeros. LN has an epsilon of 1e-5. Embeddings and heads
+    are not here.
     """
 
     def __init__(

@@ -53,8 +53,8 @@ class ShiftedSparseAttention(AttentionMixer):
     Differs from the paper: the released code has no SF-Attn, and its attention is ``wrapped=True``: the first tokens see the
     last ones there, in training, while it calls itself causal; no option of it is called causal here. For an odd G its outputs
     come back one place off (it shifts by one number and back by another); they are at their places here. Inference in the paper
-    is dense attention with an evicting cache, and the low-rank training is not part of the mechanism. A sequence
-    reaches from its first real token to its last, wherever padding stands.
+    is dense attention with an evicting cache, and the low-rank training is not part of the mechanism. A sequence reaches from its
+    first real token to its last, wherever padding stands.
     """
 
     def __init__(
