@@ -26,6 +26,7 @@ ALLOWED = {
     "mixers/parts/routed_lora.py": "a gate over experts",
     "mixers/pooled/token_pooling.py": "a gate over scales of pooling",
     "mixers/sparse/bi_level_routing.py": "weights of the chosen regions",
+    "mixers/sparse/mask_predictor.py": "coefficients over the entries of a basis",
     "mixers/sparse/sea_estimator.py": "probabilities of compressed columns",
     "mixers/sparse/sea_loss.py": "a divergence between maps",
     "mixers/sparse/subsampled.py": "class probabilities of an ensemble",
