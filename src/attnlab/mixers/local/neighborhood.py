@@ -38,7 +38,7 @@ class NeighborhoodAttention(AttentionMixer):
     $$o_i = \sum_{j \in N(i)} \mathrm{softmax}_j(d^{-1/2}\, q_i^\top k_j + B_{j-i})\, v_j$$
 
     N(i) are w cells along each axis, in steps of the dilation, shared by stride neighbouring queries and shifted inwards at the
-    borders, so that no query sees fewer; see `attnlab.ops.tile_attention.neighborhood.Axis`. Stride 1 and dilation 1 is
+    borders, so that no query sees fewer; see `attnlab.ops.neighborhoods.Axis`. Stride 1 and dilation 1 is
     neighbourhood attention, a dilation that of DiNAT (Hassani and Shi 2022, arXiv 2209.15001), stride = window attention inside
     blocks, and a window as large as the grid dense attention. Time O(n w^r d), memory O(n d) on a grid of rank r.
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnlab.ops.aggregation.runs import Window
-from attnlab.ops.tile_attention.neighborhood import Axis
+from attnlab.ops.neighborhoods import Axis
 
 
 def gather(weights: Float[Tensor, "b h m k"], v: Float[Tensor, "b h n e"], axes: Sequence[Window]) -> Float[Tensor, "b h m e"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from attnlab.ops.tile_attention.neighborhood import Axis
+from attnlab.ops.neighborhoods import Axis
 
 BORDERS = ("zero", "shifted")
 

@@ -1,6 +1,7 @@
 """Kernels of tile attention in Triton's language: a program takes some queries of one tile past all keys of it."""
-# Triton's decorator has no types.
-# mypy: disable-error-code="untyped-decorator"
+# A kernel's arguments are pointers, strides and sizes, which Triton's compiler types.
+# ruff: noqa: ANN001, ANN202
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from attnlab.ops.triton_tiles import dot
 
 
 @triton.jit
-def _gathered(x: tl.tensor, places: tl.tensor, row_stride: int, columns: tl.tensor, width: int) -> tl.tensor:
+def _gathered(
+    x, places, row_stride, columns, width,
+):  # fmt: skip
     """Rows of a matrix, zeros at -1 and from column ``width`` on."""
     inside = (places >= 0)[:, None] & (columns < width)[None, :]
     return tl.load(x + places[:, None] * row_stride + columns[None, :], mask=inside, other=0.0)
@@ -19,23 +22,9 @@ def _gathered(x: tl.tensor, places: tl.tensor, row_stride: int, columns: tl.tens
 
 @triton.jit
 def _scores(
-    q: tl.tensor,
-    k: tl.tensor,
-    query_places: tl.tensor,
-    key_places: tl.tensor,
-    rows: tl.tensor,
-    columns: tl.tensor,
-    bias: tl.tensor,
-    real: tl.tensor,
-    scale: float,
-    x_size: int,
-    y_size: int,
-    HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    ZERO_OUTSIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> tl.tensor:
+    q, k, query_places, key_places, rows, columns, bias, real, scale, x_size, y_size, HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, ZERO_OUTSIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Products and bias as powers of 2, -inf for pairs that are left out; ``bias`` and ``real`` are this tile's own."""
     scores = dot(q, tl.trans(k), PRECISION).to(tl.float32) * (scale * 1.4426950408889634)
     allowed = (columns < y_size)[None, :] & (rows < x_size)[:, None] & (query_places >= 0)[:, None]
@@ -53,50 +42,13 @@ def _scores(
 
 
 @triton.jit
-def attend_tiles(
-    q: tl.tensor,
-    k: tl.tensor,
-    v: tl.tensor,
-    queries: tl.tensor,
-    keys: tl.tensor,
-    bias: tl.tensor,
-    kind: tl.tensor,
-    real: tl.tensor,
-    out: tl.tensor,
-    lse: tl.tensor,
-    q_batch: int,
-    q_head: int,
-    q_row: int,
-    k_batch: int,
-    k_head: int,
-    k_row: int,
-    v_batch: int,
-    v_head: int,
-    v_row: int,
-    queries_batch: int,
-    queries_head: int,
-    keys_batch: int,
-    keys_head: int,
-    bias_head: int,
-    heads: int,
-    group: int,
-    tiles: int,
-    x_size: int,
-    y_size: int,
-    num_keys: int,
-    width: int,
-    value_width: int,
-    scale: float,
-    HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    ZERO_OUTSIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BX: tl.constexpr,
-    BY: tl.constexpr,
-    BD: tl.constexpr,
-    BE: tl.constexpr,
-) -> None:
+def _attend_tiles(
+    q, k, v, queries, keys, bias, kind, real, out, lse,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, queries_batch, queries_head, keys_batch, keys_head,
+    bias_head, heads, group, tiles, x_size, y_size, num_keys, width, value_width, scale, HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, ZERO_OUTSIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BX: tl.constexpr, BY: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
     """Outputs (b h t, x, e) and natural log-sum-exps (b h t, x), by an online softmax over blocks of keys."""
     row = tl.program_id(0).to(tl.int64)
     tile, sequence = row % tiles, row // tiles
@@ -142,57 +94,14 @@ def attend_tiles(
 
 
 @triton.jit
-def differentiate_tiles(
-    q: tl.tensor,
-    k: tl.tensor,
-    v: tl.tensor,
-    queries: tl.tensor,
-    keys: tl.tensor,
-    bias: tl.tensor,
-    kind: tl.tensor,
-    real: tl.tensor,
-    lse: tl.tensor,
-    inner: tl.tensor,
-    dout: tl.tensor,
-    dq: tl.tensor,
-    dk: tl.tensor,
-    dv: tl.tensor,
-    dbias: tl.tensor,
-    q_batch: int,
-    q_head: int,
-    q_row: int,
-    k_batch: int,
-    k_head: int,
-    k_row: int,
-    v_batch: int,
-    v_head: int,
-    v_row: int,
-    queries_batch: int,
-    queries_head: int,
-    keys_batch: int,
-    keys_head: int,
-    bias_head: int,
-    heads: int,
-    group: int,
-    tiles: int,
-    x_size: int,
-    y_size: int,
-    length: int,
-    num_keys: int,
-    width: int,
-    value_width: int,
-    scale: float,
-    HAS_BIAS: tl.constexpr,
-    TO_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    ZERO_OUTSIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BX: tl.constexpr,
-    BY: tl.constexpr,
-    BD: tl.constexpr,
-    BE: tl.constexpr,
-) -> None:
+def _differentiate_tiles(
+    q, k, v, queries, keys, bias, kind, real, lse, inner, dout, dq, dk, dv, dbias,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, queries_batch, queries_head, keys_batch, keys_head,
+    bias_head, heads, group, tiles, x_size, y_size, length, num_keys, width, value_width, scale,
+    HAS_BIAS: tl.constexpr, TO_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, ZERO_OUTSIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BX: tl.constexpr, BY: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
     """Add a tile's gradients to contiguous float32 memory; ``inner`` is the row sum of dout times out, less dlse."""
     row = tl.program_id(0).to(tl.int64)
     tile, sequence = row % tiles, row // tiles

@@ -74,7 +74,7 @@ def forward(
     sizes = [q.shape[1], q.shape[1] // k.shape[1], queries.shape[2], queries.shape[3], keys.shape[3], k.shape[2]]
     widths = [q.shape[3], v.shape[3], scale]
     with on_device(q):
-        kernels.attend_tiles[grid](
+        kernels._attend_tiles[grid](
             *tensors, out, lse, *strides, *sizes, *widths, CAUSAL=causal, ZERO_OUTSIDE=zero_outside, **options
         )
     return out, lse
@@ -110,7 +110,7 @@ def backward(
     sizes = [q.shape[1], q.shape[1] // k.shape[1], queries.shape[2], queries.shape[3], keys.shape[3], q.shape[2], k.shape[2]]
     widths = [q.shape[3], v.shape[3], scale]
     with on_device(q):
-        kernels.differentiate_tiles[grid](
+        kernels._differentiate_tiles[grid](
             *tensors, lse.contiguous(), inner, dout, dq, dk, dv, dbias, *strides, *sizes, *widths,
             TO_BIAS=wanted, CAUSAL=causal, ZERO_OUTSIDE=zero_outside, **options,
         )  # fmt: skip

@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnlab.ops.backends import Op
+from attnlab.ops.neighborhoods import Axis, axes_of, neighborhood_mask
 from attnlab.ops.partials import Partial, merge
 from attnlab.ops.tile_attention import tile_attention
 from attnlab.ops.tile_attention.neighborhood import eager, reference
-from attnlab.ops.tile_attention.neighborhood.rules import Axis, axes_of, neighborhood_mask
 
 __all__ = ["Axis", "axes_of", "neighborhood_attention", "neighborhood_mask"]
 

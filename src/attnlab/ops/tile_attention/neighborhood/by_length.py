@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnlab.ops.backends import accumulate_dtype
+from attnlab.ops.neighborhoods import Axis
 from attnlab.ops.tile_attention import frame, from_tiles, places_of
 from attnlab.ops.tile_attention.neighborhood import eager
-from attnlab.ops.tile_attention.neighborhood.rules import Axis
 
 
 def attend_by_length(

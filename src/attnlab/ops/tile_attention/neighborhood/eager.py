@@ -7,8 +7,8 @@ from typing import NamedTuple
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from attnlab.ops.neighborhoods import Axis
 from attnlab.ops.tile_attention import from_tiles, places_of, tile_attention
-from attnlab.ops.tile_attention.neighborhood.rules import Axis
 from attnlab.ops.tile_attention.neighborhood.tiling import table_index, tiles_of
 
 

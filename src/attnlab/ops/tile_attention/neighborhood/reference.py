@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from attnlab.ops.neighborhoods import Axis, neighborhood_mask
 from attnlab.ops.tile_attention import reference
-from attnlab.ops.tile_attention.neighborhood.rules import Axis, neighborhood_mask
 from attnlab.ops.tile_attention.neighborhood.tiling import table_index
 
 

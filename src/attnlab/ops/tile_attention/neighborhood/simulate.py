@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from attnlab.ops.tile_attention.neighborhood.rules import Axis, axes_of
+from attnlab.ops.neighborhoods import Axis, axes_of
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def predict_speedup(
 
     A kernel computes a pair of tiles wholly if any query of the one sees any key of the other, and skips it otherwise. With a
     stride of the query tile's side, and a window that is a multiple of the key tile's, on sides that both tiles divide, no pair
-    is computed in vain and the bound by tiles is that by FLOPs, if windows begin at key tiles' edges, too: as many tiles before the
-    leader's as after it, so an odd number of the query tile's, or key tiles of half its side.
+    is computed in vain and the bound by tiles is that by FLOPs, if windows begin at key tiles' edges, too: as many tiles before
+    the leader's as after it, so an odd number of the query tile's, or key tiles of half its side.
 
     Visibility is a product over axes, and so is the count for boxes; for runs of the flat grid pairs are counted a row of tiles
     at a time: time O(n^2), memory O(n tile).

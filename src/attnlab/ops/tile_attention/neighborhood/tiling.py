@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from attnlab.core.tilings import product
-from attnlab.ops.tile_attention.neighborhood.rules import Axis
+from attnlab.ops.neighborhoods import Axis
 
 SIDES = {1: 64, 2: 8, 3: 4}
 """Queries along an axis of a tile, at most, by the number of axes."""

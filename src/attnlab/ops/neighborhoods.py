@@ -1,4 +1,4 @@
-"""Which keys a query sees along one axis of a grid: window, stride, dilation, causality."""
+"""Neighbourhoods: which keys a query sees along one axis of a grid, by window, stride, dilation and causality."""
 
 from __future__ import annotations
 
