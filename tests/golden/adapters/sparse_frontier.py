@@ -20,7 +20,7 @@ from attnlab.mixers.sparse.frontier_rules import (
 from attnlab.ops.attention import attention_map
 from golden.recording import Recording
 
-PROVES = ("mixer:sparse_prefill", "mixer:quest")
+PROVES = ("mixer:sparse_prefill", "mixer:quest", "mixer:snap_kv")
 
 
 def last_weights(q: Tensor, k: Tensor, count: int) -> tuple[Tensor, Tensor]:
