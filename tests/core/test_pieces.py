@@ -15,7 +15,7 @@ def built(name: str) -> StreamingMixer:
     torch.manual_seed(0)
     info = mixer_info(name)
     options = {**dict(info.example), **({} if info.supports.causal == "no" else {"causal": True})}
-    return create_mixer(name, 16, 2, **options).double().eval()
+    return create_mixer(name, 16, 4, **options).double().eval()
 
 
 def lengths_taken(mixer: StreamingMixer, monkeypatch) -> list[int]:
