@@ -28,7 +28,7 @@ def _quantizer(recording: Recording) -> dict[str, Tensor]:
         loss.backward()
         results |= {f"out/code_{name}": codes[name], f"out/quantized_{name}": quantizer.words(codes[name])}
         results |= {f"out/pq_loss_{name}": loss, f"grad/{name}": z.grad, f"grad/codebook_{name}": quantizer.codebook.grad}
-    return results | {"out/match_count": match_count(codes["q"], codes["k"])}
+    return results | {"out/match_count": match_count(codes["q"], codes["k"], config["E"]).long()}
 
 
 def _feed_forward(recording: Recording) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -77,9 +78,11 @@ class ProductQuantizer(nn.Module):
         return total / (mask.sum().clamp(min=1) * z.shape[1] * z.shape[3])
 
 
-def match_count(first: Int[Tensor, "b h n m"], second: Int[Tensor, "b h k m"]) -> Int[Tensor, "b h n k"]:
+def one_hot(codes: Int[Tensor, "*s m"], num_codes: int) -> Float[Tensor, "*s me"]:
+    """Codes as indicators of all parts side by side: the product of two counts the parts in which they agree, exactly."""
+    return F.one_hot(codes, num_codes).flatten(-2).float()
+
+
+def match_count(first: Int[Tensor, "b h n m"], second: Int[Tensor, "b h k m"], num_codes: int) -> Float[Tensor, "b h n k"]:
     """In how many parts the codes of two vectors agree, for each pair of them."""
-    count = torch.zeros(*first.shape[:3], second.shape[2], dtype=torch.int16, device=first.device)
-    for a, b in zip(first.unbind(-1), second.unbind(-1), strict=True):
-        count += a.unsqueeze(-1) == b.unsqueeze(-2)
-    return count.long()
+    return one_hot(first, num_codes) @ one_hot(second, num_codes).mT
