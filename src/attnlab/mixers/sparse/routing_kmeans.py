@@ -41,7 +41,7 @@ class Members(NamedTuple):
     example={"num_clusters": 3, "window": 4},
 )
 class RoutingKMeansAttention(AttentionMixer):
-    r"""Attention inside the clusters of online k-means (Roy et al. 2020, Routing Transformer, section 4).
+    r"""Attention inside clusters of online k-means, by another choice where causal (Roy et al. 2020, Routing Transformer).
 
     With routing vectors $\hat q, \hat k$, normalised, and centroids $\mu_c \in \mathbb{R}^d$ of each head (`Centroids`), cluster
     c takes the w queries and the w keys of the largest products with $\mu_c$, $Q_c$ and $K_c$, and
