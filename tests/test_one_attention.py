@@ -21,6 +21,7 @@ ALLOWED = {
     "mixers/linear/rala.py": "weights of the keys, from one mean query",
     "mixers/linear/sparse_state.py": "a gate over partitions, and keys over their channels",
     "mixers/local/contextual_mixing.py": "predicted kernels, which have no keys",
+    "mixers/local/local_implicit.py": "weights of a window's places a frame, by which values are set side by side, not summed",
     "mixers/local/outlook.py": "predicted weights of the places of a window, which have no queries and keys",
     "mixers/parts/features.py": "features of one token, over its channels",
     "mixers/parts/routed_lora.py": "a gate over experts",
