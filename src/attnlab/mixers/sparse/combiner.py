@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -73,6 +75,8 @@ class CombinerAttention(AttentionMixer):
     value, as that code has. A masked token is in no span, and a span of masked tokens is none.
     """
 
+    pattern: str = "fixed"
+
     def __init__(
         self,
         dim: int,
@@ -96,6 +100,12 @@ class CombinerAttention(AttentionMixer):
             raise ValueError(f"position: expected 'none' or 'rotary', got {self.position_name!r}; a span has no bias")
         self.pattern, self.segment = pattern, segment
         self.activation, self.reduction, self.row_summary = activation, reduction, row_summary
+
+    @property
+    def supports(self) -> Supports:
+        """Dyadic blocks are linear up to a logarithm."""
+        found = self.info.supports
+        return found if self.pattern != "logsparse" else replace(found, cost=1.0)
 
     def attend(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -73,6 +75,8 @@ class SparsePrefillAttention(AttentionMixer):
     Differs from the paper: diagonals are single ones, which its kernels widen to blocks.
     """
 
+    rule: str = "block"
+
     def __init__(
         self,
         dim: int,
@@ -104,6 +108,12 @@ class SparsePrefillAttention(AttentionMixer):
         self.rule, self.block, self.num_blocks, self.num_lines, self.min_lines = rule, block, num_blocks, num_lines, min_lines
         self.triangular = triangular
         self.num_last, self.num_sinks, self.num_near, self.mass = num_last, num_sinks, num_near, float(mass)
+
+    @property
+    def supports(self) -> Supports:
+        """A fixed number of lines is linear."""
+        found = self.info.supports
+        return found if self.rule == "block" else replace(found, cost=1.0)
 
     def attend(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -57,6 +59,8 @@ class StridedSparseAttention(AttentionMixer):
     are counted with masked tokens: pad on the right.
     """
 
+    pattern: str = "strided"
+
     def __init__(
         self,
         dim: int,
@@ -79,6 +83,12 @@ class StridedSparseAttention(AttentionMixer):
         if self.position_name not in ("none", "rotary"):
             raise ValueError(f"position: expected 'none' or 'rotary', got {self.position_name!r}; the pattern has no bias")
         self.pattern, self.stride, self.num_summary, self.window = pattern, stride, num_summary, window
+
+    @property
+    def supports(self) -> Supports:
+        """A band alone is linear."""
+        found = self.info.supports
+        return found if self.pattern != "dilated" else replace(found, cost=1.0)
 
     def attend(
         self,
