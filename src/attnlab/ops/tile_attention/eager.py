@@ -34,8 +34,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of every tile; the arguments of `attend`."""
     work = Work(q, k, v, queries, keys, bias, kind, causal, key_mask, zero_outside)
-    out = work.q.new_empty(work.total, work.x, v.shape[-1])
-    lse = work.q.new_empty(work.total, work.x, 1)
+    out = work.q.new_zeros(work.total, work.x, v.shape[-1])
+    lse = work.q.new_full((work.total, work.x, 1), -INF)
     lowest = torch.finfo(lse.dtype).min
     for run in work.runs():
         scores = work.scores(run, *_pairs(work, run, scale))
@@ -44,13 +44,14 @@ def forward(
         scores.sub_(top).exp2_()
         # A query with a key has a weight of 1.
         total = scores.sum(-1, keepdim=True).clamp_min_(1)
-        tile = torch.bmm(scores, work.keys_of(run, "values", work.v), out=out[run.rows]).div_(total)
-        logsum = torch.add(top, total.log2_(), out=lse[run.rows]).mul_(LN2)
+        values = work.keys_of(run, "values", work.v)
+        tile = torch.bmm(scores, values, out=work.buffers("out", *scores.shape[:2], v.shape[-1])).div_(total)
+        logsum = total.log2_().add_(top).mul_(LN2)
         nothing = top == lowest
         if not work.every_query:
             nothing |= run.query_places.unsqueeze(-1) < 0
-        logsum.masked_fill_(nothing, -INF)
-        tile.masked_fill_(nothing, 0)
+        lse[run.rows] = logsum.masked_fill_(nothing, -INF)
+        out[run.rows] = tile.masked_fill_(nothing, 0)
     shape = (*q.shape[:2], *queries.shape[2:])
     return out.view(*shape, -1).to(q.dtype), lse.view(shape)
 

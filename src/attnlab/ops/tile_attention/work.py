@@ -22,22 +22,24 @@ class Run:
     """Some tiles: c of them, of x queries and y keys.
 
     Args:
-        rows: which, among the tiles of all examples and heads.
+        rows: which, among the tiles of all examples and heads: neighbours, or places where some tiles are left out.
         query_places: (c, x), -1 for none.
         key_places: (c, y), -1 for none.
         queries: (c x,), rows of the flat queries, 0 where there is none.
         keys: (c y,), rows of the flat keys, 0 where there is none.
         no_key: (c, y), -1 among the keys; None if there is none at all.
         kinds: (c,), rows of the flat bias.
+        first_keys: (c, 1), where the example of each tile begins in the flat mask of keys.
     """
 
-    rows: slice
+    rows: slice | Tensor
     query_places: Tensor
     key_places: Tensor
     queries: Tensor
     keys: Tensor
     no_key: Tensor | None
     kinds: Tensor | None
+    first_keys: Tensor
 
 
 class Work:
@@ -83,14 +85,19 @@ class Work:
         return self.batch * self.heads * self.tiles
 
     def runs(self) -> Iterator[Run]:
-        """All tiles, as many at a time as `CHUNK` says."""
+        """All tiles that have a query, as many at a time as `CHUNK` says."""
         size = max(1, CHUNK.get(self.q.device.type, 2**25) // (self.x * self.y))
-        for start in range(0, self.total, size):
-            yield self._run(slice(start, min(start + size, self.total)))
+        number = torch.arange(self.total, device=self.q.device)
+        if self.every_query:
+            for start in range(0, self.total, size):
+                rows = slice(start, min(start + size, self.total))
+                yield self._run(rows, number[rows])
+            return
+        some = (self.query_index >= 0).any(-1).expand(self.batch, self.heads, -1)
+        for rows in number[some.flatten()].split(size):
+            yield self._run(rows, rows)
 
-    def _run(self, rows: slice) -> Run:
-        device = self.q.device
-        number = torch.arange(rows.start, rows.stop, device=device)
+    def _run(self, rows: slice | Tensor, number: Tensor) -> Run:
         sequence, tile = number // self.tiles, number % self.tiles
         example, head = sequence // self.heads, sequence % self.heads
         query_places = self._places(self.query_index, example, head, tile)
@@ -112,6 +119,7 @@ class Work:
             (keys + kv[:, None] * self.num_keys).flatten(),
             None if self.every_key else key_places < 0,
             kinds,
+            (example * self.num_keys).unsqueeze(1),
         )
 
     def _places(self, index: Tensor, example: Tensor, head: Tensor, tile: Tensor) -> Tensor:
@@ -143,7 +151,7 @@ class Work:
                 scores.add_(torch.index_select(self.bias, 0, run.kinds, out=out), alpha=LOG2E)
         blocked = None if self.zero_outside else run.no_key
         if self.key_mask is not None:
-            masked = ~self.key_mask[run.key_places.clamp(min=0) + self._first_keys(run)]
+            masked = ~self.key_mask[run.key_places.clamp(min=0) + run.first_keys]
             if run.no_key is not None:
                 masked = masked & ~run.no_key if self.zero_outside else masked | run.no_key
             blocked = masked
@@ -154,8 +162,3 @@ class Work:
             if bool((later.amax(1) > first.amin(1)).any()):
                 scores.masked_fill_(later.unsqueeze(1) > first.unsqueeze(2), float("-inf"))
         return scores
-
-    def _first_keys(self, run: Run) -> Tensor:
-        """Where the example of each tile begins in the flat mask of keys, (c, 1)."""
-        number = torch.arange(run.rows.start, run.rows.stop, device=self.q.device)
-        return (number // (self.tiles * self.heads) * self.num_keys).unsqueeze(1)
