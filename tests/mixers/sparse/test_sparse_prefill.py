@@ -23,7 +23,7 @@ def best(scores: dict[int, float], forced: list[int], count: int) -> list[int]:
     return sorted(scores, key=lambda r: (r not in forced, -scores[r]))[:count]
 
 
-def blocks(q: Tensor, k: Tensor, b: int, count: int, triangular: bool):
+def blocks(q: Tensor, k: Tensor, b: int, count: int, hide_later: bool):
     """The keys of query i by means of blocks; q, k (n, d)."""
     n = len(q)
     parts = [list(range(s, min(n, s + b))) for s in range(0, n, b)]
@@ -31,21 +31,21 @@ def blocks(q: Tensor, k: Tensor, b: int, count: int, triangular: bool):
     def keys(i: int) -> list[int]:
         own = i // b
         mine = q[parts[own]].mean(0)
-        scores = {r: float(mine @ k[parts[r]].mean(0)) for r in range(len(parts)) if r <= own or not triangular}
-        forced = [0, own, own - 1] + ([] if triangular else [own + 1])
-        return sorted(j for r in best(scores, forced, count) for j in parts[r] if j <= i or not triangular)
+        scores = {r: float(mine @ k[parts[r]].mean(0)) for r in range(len(parts)) if r <= own or not hide_later}
+        forced = [0, own, own - 1] + ([] if hide_later else [own + 1])
+        return sorted(j for r in best(scores, forced, count) for j in parts[r] if j <= i or not hide_later)
 
     return keys
 
 
-def lines(q: Tensor, k: Tensor, flexible: bool, triangular: bool):
+def lines(q: Tensor, k: Tensor, flexible: bool, hide_later: bool):
     """The keys of query i by columns and diagonals."""
     n, d = q.shape
     columns = dict.fromkeys(range(n), 0.0)
-    diagonals = dict.fromkeys(range(0 if triangular else 1 - n, n), 0.0)
+    diagonals = dict.fromkeys(range(0 if hide_later else 1 - n, n), 0.0)
     last = range(max(0, n - SMALL["num_last"]), n)
     for i in last:
-        seen = range(i + 1 if triangular else n)
+        seen = range(i + 1 if hide_later else n)
         weights = torch.stack([q[i] @ k[j] / math.sqrt(d) for j in seen]).softmax(0)
         for j in seen:
             columns[j] += float(weights[j]) / len(last)
@@ -63,20 +63,20 @@ def lines(q: Tensor, k: Tensor, flexible: bool, triangular: bool):
 
     of_columns = chosen(columns, list(range(SMALL["num_sinks"])))
     of_diagonals = chosen(diagonals, [o for o in diagonals if abs(o) < SMALL["num_near"]])
-    return lambda i: [j for j in range(i + 1 if triangular else n) if j in of_columns or i - j in of_diagonals]
+    return lambda i: [j for j in range(i + 1 if hide_later else n) if j in of_columns or i - j in of_diagonals]
 
 
 @pytest.mark.tier("T2", "mixer:sparse_prefill")
-@pytest.mark.parametrize("triangular", [False, True])
+@pytest.mark.parametrize("hide_later", [False, True])
 @pytest.mark.parametrize("rule", ["block", "vertical_slash", "flex_prefill"])
-def test_equals_its_definition(rule, triangular) -> None:
-    mixer = build("sparse_prefill", rule=rule, block=2, num_blocks=4, triangular=triangular, **SMALL)
+def test_equals_its_definition(rule, hide_later) -> None:
+    mixer = build("sparse_prefill", rule=rule, block=2, num_blocks=4, hide_later=hide_later, **SMALL)
     x = tokens(13, 12, 1)
     q, k = (split_heads(p(x)[0].detach(), 3) for p in (mixer.q_proj, mixer.k_proj))
     if rule == "block":
-        heads = [blocks(q[h], k[h], 2, 4, triangular) for h in range(3)]
+        heads = [blocks(q[h], k[h], 2, 4, hide_later) for h in range(3)]
     else:
-        heads = [lines(q[h], k[h], rule == "flex_prefill", triangular) for h in range(3)]
+        heads = [lines(q[h], k[h], rule == "flex_prefill", hide_later) for h in range(3)]
     assert_defined_by(mixer, over_keys(mixer, lambda h, i, n: heads[h](i)), x)
 
 
@@ -84,15 +84,15 @@ def test_equals_its_definition(rule, triangular) -> None:
 def test_all_blocks_or_lines_are_dense_attention(rule) -> None:
     options = {"block": 3, "num_blocks": 9, "num_lines": 30, "mass": 1.0, "min_lines": 30}
     x = tokens(13)
-    for triangular in (False, True):
-        mixer = build("sparse_prefill", rule=rule, triangular=triangular, **options)
-        dense = build("softmax", causal=triangular)
+    for hide_later in (False, True):
+        mixer = build("sparse_prefill", rule=rule, hide_later=hide_later, **options)
+        dense = build("softmax", causal=hide_later)
         dense.load_state_dict(mixer.state_dict())
         torch.testing.assert_close(mixer(x), dense(x))
 
 
 def test_the_triangular_choice_looks_ahead_and_the_mask_does_not() -> None:
-    mixer = build("sparse_prefill", rule="vertical_slash", triangular=True, **SMALL)
+    mixer = build("sparse_prefill", rule="vertical_slash", hide_later=True, **SMALL)
     x = tokens(17)
     assert float(mixer.mixing_matrix(x).detach().triu(1).abs().max()) == 0.0
     (gradient,) = torch.autograd.grad(mixer(x)[:, 5].sum(), x)
@@ -107,7 +107,7 @@ def test_the_triangular_choice_looks_ahead_and_the_mask_does_not() -> None:
 def test_a_key_counts_once(data) -> None:
     n = data.draw(st.integers(1, 40))
     rule = data.draw(st.sampled_from(["block", "vertical_slash", "flex_prefill"]))
-    options = {"block": data.draw(st.integers(1, 6)), "triangular": data.draw(st.booleans())}
+    options = {"block": data.draw(st.integers(1, 6)), "hide_later": data.draw(st.booleans())}
     mixer = build("sparse_prefill", 8, 4, rule=rule, num_blocks=3, num_kv_heads=2, **options, **SMALL)
     x, mask = torch.randn(2, n, 8, dtype=torch.float64), torch.rand(2, n) > 0.3
     with record(mixer, only=["selection"]) as tape:

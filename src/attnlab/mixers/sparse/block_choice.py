@@ -50,10 +50,12 @@ def choose_blocks(
         chosen = _share(score, mine, valid, threshold)
     else:
         competing = score.masked_fill(mine, float("inf")).masked_fill(~valid, float("-inf"))
-        queries = rows(usable.any(-1, keepdim=True).expand_as(usable)) if scope != "query" else None
-        # as many as k a query, of the queries that have a block at all
-        number = torch.full_like(score[..., :1], top_k) if queries is None else top_k * queries.sum(-1, True) / scores.shape[-1]
-        chosen = _best(competing, number) & valid
+        if scope == "query":
+            best = competing.topk(min(top_k, competing.shape[-1]), dim=-1).indices
+            chosen = torch.zeros_like(valid).scatter(-1, best, True) & valid
+        else:  # as many as k a query, of the queries that have a block at all
+            queries = rows(usable.any(-1, keepdim=True).expand_as(usable))
+            chosen = _best(competing, top_k * queries.sum(-1, True) / scores.shape[-1]) & valid
     inverse = sorted(range(4), key=lambda axis: order[axis])
     return chosen.reshape(b, *sizes[1:]).permute(inverse) | (own & usable)
 

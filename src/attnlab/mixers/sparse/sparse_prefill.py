@@ -45,13 +45,13 @@ class SparsePrefillAttention(AttentionMixer):
     - "flex_prefill" (FlexPrefill without its blocks): as many of these as hold a share $\alpha$ of the attention, at least
       ``min_lines``, at most L, each head its own number.
 
-    ``triangular`` is the published form: j <= i throughout. **Its mask is causal and its choice is not**: means hold later
+    ``hide_later`` is the published form: j <= i throughout. **Its mask is causal and its choice is not**: means hold later
     queries of the block, and the last queries choose for all. So it is an option of the form that is not causal, and there is no
     ``causal=True``; of its relatives "quest" is causal. Otherwise later keys take part like earlier ones, the block behind and
     the nearest diagonals behind too.
 
     ``record`` collects "selection": of "block" (b, h, t, k), the blocks of each block; else the columns (b, h, L), and
-    "diagonals", numbered from the one furthest behind, from 0 where triangular; -1 for none.
+    "diagonals", numbered from the one furthest behind, from 0 where hide_later; -1 for none.
 
     Args:
         dim: width of the tokens.
@@ -65,7 +65,7 @@ class SparsePrefillAttention(AttentionMixer):
         num_sinks: columns that are always kept.
         num_near: diagonals that are always kept.
         mass: $\alpha$.
-        triangular: whether a query uses no later key.
+        hide_later: whether a query uses no later key.
         **options: those of `AttentionMixer`; ``position`` may be "none" or "rotary".
 
     Raises:
@@ -91,7 +91,7 @@ class SparsePrefillAttention(AttentionMixer):
         num_sinks: int = 4,
         num_near: int = 64,
         mass: float | int = 0.65,
-        triangular: bool = False,
+        hide_later: bool = False,
         **options: Unpack[AttentionOptions],
     ) -> None:
         super().__init__(dim, num_heads, **options)
@@ -106,7 +106,7 @@ class SparsePrefillAttention(AttentionMixer):
         if self.position_name not in ("none", "rotary"):
             raise ValueError(f"position: expected 'none' or 'rotary', got {self.position_name!r}; the choice knows no bias")
         self.rule, self.block, self.num_blocks, self.num_lines, self.min_lines = rule, block, num_blocks, num_lines, min_lines
-        self.triangular = triangular
+        self.hide_later = hide_later
         self.num_last, self.num_sinks, self.num_near, self.mass = num_last, num_sinks, num_near, float(mass)
 
     @property
@@ -131,11 +131,11 @@ class SparsePrefillAttention(AttentionMixer):
         of_q, _ = block_means(q, self.block, real)
         of_k, some = block_means(k, self.block, real)
         of_k = of_k.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
-        chosen = ranked_blocks(of_q, of_k, self.num_blocks, some, later=not self.triangular)
+        chosen = ranked_blocks(of_q, of_k, self.num_blocks, some, later=not self.hide_later)
         self.emit("selection", chosen)
         queries = sequence_blocks(n, self.block).to(q.device)
         keys = tokens_of_blocks(chosen, self.block, n)
-        found = tile_attention(q, k, v, queries[None, None], keys, causal=self.triangular, key_mask=real)
+        found = tile_attention(q, k, v, queries[None, None], keys, causal=self.hide_later, key_mask=real)
         return from_tiles(found.output, places_of(queries, n))
 
     def _lines(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
@@ -145,7 +145,7 @@ class SparsePrefillAttention(AttentionMixer):
         self.emit("diagonals", diagonals)
         rows = sequence_blocks(n, min(ROWS, n)).to(q.device)
         keys = columns.unsqueeze(2).expand(-1, -1, len(rows), -1)
-        found = tile_attention(q, k, v, rows[None, None], keys, causal=self.triangular, key_mask=real)
+        found = tile_attention(q, k, v, rows[None, None], keys, causal=self.hide_later, key_mask=real)
         whole = found._replace(output=found.output.flatten(2, 3)[:, :, :n], lse=found.lse.flatten(2, 3)[:, :, :n])
         # a key on a diagonal counts once, with its column where that is chosen
         keys = place[:, None] - (diagonals + self._first(n)).unsqueeze(2)
@@ -162,7 +162,7 @@ class SparsePrefillAttention(AttentionMixer):
         known = place.expand(b, -1) >= 0 if real is None else real
         last = top_k(place.to(q.dtype).expand(b, -1), min(self.num_last, n), known)
         index = last.clamp(min=0)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
-        furthest = last if self.triangular else last.masked_fill(last >= 0, n)
+        furthest = last if self.hide_later else last.masked_fill(last >= 0, n)
         pairs = (place <= furthest.unsqueeze(-1)) & known.unsqueeze(1)
         weights = attention_map(q.gather(2, index), k, pair_mask=pairs[:, None])
         columns, diagonals = line_scores(weights, last, first=self._first(n))
@@ -176,4 +176,4 @@ class SparsePrefillAttention(AttentionMixer):
 
     def _first(self, n: int) -> int:
         """The first diagonal: keys up to n - 1 places behind their query, or none."""
-        return 0 if self.triangular else 1 - n
+        return 0 if self.hide_later else 1 - n
