@@ -1,4 +1,4 @@
-"""Local implicit attention: a query at any point of a video attends to the cells around it, and an MLP decodes their values."""
+"""Local implicit attention: a query at any point of a video attends to the cells around it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generalised neighbourhood attention: the nearest keys on a grid, with stride, dilation and causality along each axis."""
+"""Generalised neighbourhood attention: the nearest keys on a grid, strided, dilated or causal on any axis."""
 
 from __future__ import annotations
 

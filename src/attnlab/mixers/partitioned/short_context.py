@@ -1,4 +1,4 @@
-"""Short-term context between entities: a convolution over some entities and frames, with filters of its own for each entity."""
+"""Short-term context between entities: a convolution over entities and frames, each entity its filters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Anchor attention: single columns of keys, chosen by how far they are below the largest score of near and first keys."""
+"""Anchor attention: single columns of keys, chosen by how far they are below the largest near score."""
 
 from __future__ import annotations
 
