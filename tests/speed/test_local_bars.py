@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnlab import create_mixer
+from attnlab.core.masks import Masks
 from attnlab.core.tilings import boxes
 from attnlab.mixers.parts.selection import tokens_of_blocks
 from attnlab.ops.sliding_window import sliding_window_attention
@@ -98,6 +100,29 @@ def test_share_of_sdpa_time(name) -> None:
     useful = 7 * 2 * HEADS * length * keys * WIDTH  # two products forward, five backward
     print(f"{name}: {share:.3f} of SDPA, bar {bar}; {useful / fastest(ours) / multiply_rate():.2f} of the matrix-multiply rate")
     assert share <= bar
+
+
+CROSSOVERS = [
+    ("routing_kmeans", {}),
+    ("routing_kmeans", {"causal": True}),
+    ("hyper_attention", {}),
+    ("hyper_attention", {"causal": True}),
+    ("mixture_of_block", {"top_k": 4, "scope": "query"}),
+    ("mixture_of_block", {"top_k": 4, "causal": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CROSSOVERS, ids=str)
+def test_it_beats_sdpa_from_some_length(name, options) -> None:
+    mixer = create_mixer(name, HEADS * WIDTH, HEADS, **options)
+    baseline = causal_sdpa if mixer.causal else F.scaled_dot_product_attention
+    shares = {}
+    for n in (1024, 2048, 4096, 8192):
+        ours = forward_and_backward(lambda q, k, v, n=n: mixer.attend(q, k, v, Masks(), (n,)), *heads(n))
+        shares[n] = ratio(ours, forward_and_backward(baseline, *heads(n)), pairs=3)
+    said = ", ".join(f"{n}: {share:.2f}" for n, share in shares.items())
+    print(f"{name} {options}: beats SDPA from {next((n for n, share in shares.items() if share < 1), 'nowhere')} ({said})")
+    assert min(shares.values()) < 1 and shares[8192] < 1
 
 
 SETUPS = {
