@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnlab.ops.chunks import full_precision
+from attnlab.ops.tile_attention.inputs import Given, Inputs
 from attnlab.ops.tile_attention.work import LOG2E, Run, Work
 
 LN2 = math.log(2)
@@ -19,26 +20,15 @@ INF = float("inf")
 
 
 @full_precision
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    bias: Tensor | None,
-    kind: Tensor | None,
-    causal: bool,
-    key_mask: Tensor | None,
-    zero_outside: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of every tile; the arguments of `attend`."""
-    work = Work(q, k, v, queries, keys, bias, kind, causal, key_mask, zero_outside)
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of every tile."""
+    q, v, queries = inputs.q, inputs.v, inputs.queries
+    work = Work(inputs)
     out = work.q.new_zeros(work.total, work.x, v.shape[-1])
     lse = work.q.new_full((work.total, work.x, 1), -INF)
     lowest = torch.finfo(lse.dtype).min
     for run in work.runs():
-        scores = work.scores(run, *_pairs(work, run, scale))
+        scores = work.scores(run, *_pairs(work, run))
         # The lowest number, where there is no key: weights are then 0 and not exp(inf - inf).
         top = scores.amax(-1, keepdim=True).clamp_min_(lowest)
         scores.sub_(top).exp2_()
@@ -56,33 +46,18 @@ def forward(
     return out.view(*shape, -1).to(q.dtype), lse.view(shape)
 
 
-def _pairs(work: Work, run: Run, scale: float) -> tuple[Tensor, Tensor]:
+def _pairs(work: Work, run: Run) -> tuple[Tensor, Tensor]:
     """The queries of a run, scaled for scores in powers of 2, and its keys."""
-    queries = work.read("queries", work.q, run.queries, work.x).mul_(scale * LOG2E)
+    queries = work.read("queries", work.q, run.queries, work.x).mul_(work.scale * LOG2E)
     return queries, work.keys_of(run, "keys", work.k)
 
 
 @full_precision
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    bias: Tensor | None,
-    kind: Tensor | None,
-    key_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor,
-    causal: bool,
-    zero_outside: bool,
-    scale: float,
-    to_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(inputs: Inputs, given: Given, to_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v and the bias (empty without ``to_bias``)."""
-    work = Work(q, k, v, queries, keys, bias, kind, causal, key_mask, zero_outside)
+    q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
+    out, lse, dout, dlse = given
+    work = Work(inputs)
     dq, dk, dv = (torch.zeros_like(x) for x in (work.q, work.k, work.v))
     dbias = torch.zeros_like(work.bias) if to_bias and work.bias is not None else work.q.new_empty(0)
     dout = dout.to(work.q.dtype).flatten(0, 2)
@@ -90,11 +65,11 @@ def backward(
     inner = ((dout * out.flatten(0, 2)).sum(-1, keepdim=True) - dlse.flatten(0, 2).unsqueeze(-1)).masked_fill_(nothing, 0)
     logsum = (lse.flatten(0, 2).unsqueeze(-1) * LOG2E).masked_fill_(nothing, INF)  # weights of 0
     for run in work.runs():
-        tile_q, tile_k = _pairs(work, run, scale)
+        tile_q, tile_k = _pairs(work, run)
         weights = work.scores(run, tile_q, tile_k).sub_(logsum[run.rows]).exp2_()
-        given, values = dout[run.rows], work.keys_of(run, "values", work.v)
-        _add(dv, run, torch.bmm(weights.mT, given, out=work.buffers("to values", *values.shape)))
-        dscores = torch.bmm(given, values.mT, out=work.buffers("dscores", *weights.shape))
+        came, values = dout[run.rows], work.keys_of(run, "values", work.v)
+        _add(dv, run, torch.bmm(weights.mT, came, out=work.buffers("to values", *values.shape)))
+        dscores = torch.bmm(came, values.mT, out=work.buffers("dscores", *weights.shape))
         dscores.sub_(inner[run.rows]).mul_(weights)
         _add(dk, run, torch.bmm(dscores.mT, tile_q, out=work.buffers("to values", *tile_k.shape)))
         to_q = torch.bmm(dscores, tile_k, out=work.buffers("to queries", *tile_q.shape))
@@ -105,7 +80,7 @@ def backward(
             dbias.index_add_(0, run.kinds, dscores)
     dbias = dbias if not to_bias or bias is None else dbias.view(bias.shape).to(bias.dtype)
     dk.mul_(LN2)  # the queries were scaled for powers of 2
-    dq.mul_(scale)
+    dq.mul_(work.scale)
     return dq.view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype), dbias
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnlab.ops.backends import accumulate_dtype
+from attnlab.ops.tile_attention.inputs import Given, Inputs
 
 
 def attend(
@@ -56,8 +57,8 @@ def forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of every tile; the arguments of `attend`."""
-    run = _implementation(backend).forward
-    found: tuple[Tensor, Tensor] = run(q, k, v, queries, keys, bias, kind, causal, key_mask, zero_outside, scale)
+    inputs = Inputs(q, k, v, queries, keys, bias, kind, key_mask, causal, zero_outside, scale)
+    found: tuple[Tensor, Tensor] = _implementation(backend).forward(inputs)
     return found
 
 
@@ -107,9 +108,9 @@ def backward(
     to_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v and the bias (empty without ``to_bias``)."""
-    inputs = (q, k, v, queries, keys, bias, kind, key_mask)
-    run = _implementation(backend).backward
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = run(*inputs, out, lse, dout, dlse, causal, zero_outside, scale, to_bias)
+    inputs = Inputs(q, k, v, queries, keys, bias, kind, key_mask, causal, zero_outside, scale)
+    given = Given(out, lse, dout, dlse)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _implementation(backend).backward(inputs, given, to_bias)
     return found
 
 

@@ -12,23 +12,16 @@ from torch import Tensor
 
 from attnlab.ops.chunks import full_precision
 from attnlab.ops.tile_attention import kernels
+from attnlab.ops.tile_attention.inputs import Given, Inputs
 from attnlab.ops.triton_launch import dot_precision, on_device, packed, power_of_two
 
 BLOCK = 64
 """Queries of a program, and keys of a step, at most; half as many where products do not run on tensor cores."""
 
 
-def _shared(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    bias: Tensor | None,
-    kind: Tensor | None,
-    key_mask: Tensor | None,
-) -> tuple[list[Any], list[int], dict[str, Any], tuple[int, int]]:
+def _shared(inputs: Inputs) -> tuple[list[Any], list[int], dict[str, Any], tuple[int, int]]:
     """Tensors, strides and options that both kernels take, and their grid."""
+    q, k, v, queries, keys, bias, kind, key_mask, causal, zero_outside, _ = inputs
     (b, h, _, d), (x, y) = q.shape, (queries.shape[3], keys.shape[3])
     real = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
     bias = None if bias is None else bias.contiguous()
@@ -41,6 +34,8 @@ def _shared(
     widest = BLOCK // 2 if q.dtype == torch.float32 else BLOCK
     block = min(widest, power_of_two(x, 16))
     options = {
+        "CAUSAL": causal,
+        "ZERO_OUTSIDE": zero_outside,
         "HAS_BIAS": bias is not None,
         "HAS_MASK": real is not None,
         "PRECISION": dot_precision(q),
@@ -52,66 +47,42 @@ def _shared(
     return tensors, strides, options, (b * h * queries.shape[2], -(-x // block))
 
 
+def _packed(inputs: Inputs) -> Inputs:
+    return inputs._replace(q=packed(inputs.q), k=packed(inputs.k), v=packed(inputs.v))
+
+
 @full_precision
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    bias: Tensor | None,
-    kind: Tensor | None,
-    causal: bool,
-    key_mask: Tensor | None,
-    zero_outside: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of every tile; see `reference.attend`."""
-    q, k, v = packed(q), packed(k), packed(v)
-    tensors, strides, options, grid = _shared(q, k, v, queries, keys, bias, kind, key_mask)
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of every tile."""
+    inputs = _packed(inputs)
+    q, k, v, queries, keys = inputs[:5]
+    tensors, strides, options, grid = _shared(inputs)
     shape = (*q.shape[:2], *queries.shape[2:])
     out, lse = q.new_empty(*shape, v.shape[3]), q.new_empty(shape, dtype=torch.float32)
     sizes = [q.shape[1], q.shape[1] // k.shape[1], queries.shape[2], queries.shape[3], keys.shape[3], k.shape[2]]
-    widths = [q.shape[3], v.shape[3], scale]
+    widths = [q.shape[3], v.shape[3], inputs.scale]
     with on_device(q):
-        kernels._attend_tiles[grid](
-            *tensors, out, lse, *strides, *sizes, *widths, CAUSAL=causal, ZERO_OUTSIDE=zero_outside, **options
-        )
+        kernels._attend_tiles[grid](*tensors, out, lse, *strides, *sizes, *widths, **options)
     return out, lse
 
 
 @full_precision
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    bias: Tensor | None,
-    kind: Tensor | None,
-    key_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor,
-    causal: bool,
-    zero_outside: bool,
-    scale: float,
-    to_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(inputs: Inputs, given: Given, to_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v and the bias (empty without ``to_bias``)."""
-    q, k, v = packed(q), packed(k), packed(v)
-    tensors, strides, options, grid = _shared(q, k, v, queries, keys, bias, kind, key_mask)
+    inputs = _packed(inputs)
+    q, k, v, queries, keys, bias = inputs[:6]
+    out, lse, dout, dlse = given
+    tensors, strides, options, grid = _shared(inputs)
     dout = dout.contiguous()
     inner = ((dout.float() * out.float()).sum(-1) - dlse).masked_fill(lse == float("-inf"), 0.0).contiguous()
     dq, dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (q, k, v))
     wanted = to_bias and bias is not None
     dbias = torch.zeros(bias.shape if wanted and bias is not None else (0,), dtype=torch.float32, device=q.device)
     sizes = [q.shape[1], q.shape[1] // k.shape[1], queries.shape[2], queries.shape[3], keys.shape[3], q.shape[2], k.shape[2]]
-    widths = [q.shape[3], v.shape[3], scale]
+    widths = [q.shape[3], v.shape[3], inputs.scale]
     with on_device(q):
         kernels._differentiate_tiles[grid](
             *tensors, lse.contiguous(), inner, dout, dq, dk, dv, dbias, *strides, *sizes, *widths,
-            TO_BIAS=wanted, CAUSAL=causal, ZERO_OUTSIDE=zero_outside, **options,
+            TO_BIAS=wanted, **options,
         )  # fmt: skip
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias if bias is None else dbias.to(bias.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnlab.ops.backends import accumulate_dtype
 from attnlab.ops.buffers import Buffers
+from attnlab.ops.tile_attention.inputs import Inputs
 
 LOG2E = 1 / math.log(2)
 CHUNK = {"cpu": 2**20}
@@ -48,19 +49,8 @@ class Work:
     Scores are powers of 2: the queries are scaled by log2(e), so is the bias.
     """
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        queries: Tensor,
-        keys: Tensor,
-        bias: Tensor | None,
-        kind: Tensor | None,
-        causal: bool,
-        key_mask: Tensor | None,
-        zero_outside: bool,
-    ) -> None:
+    def __init__(self, inputs: Inputs) -> None:
+        q, k, v, queries, keys, bias, kind, key_mask, causal, zero_outside, self.scale = inputs
         dtype = accumulate_dtype(q.dtype)
         if key_mask is not None:
             # What stands at a masked key must not matter, and 0 * nan is not 0.
