@@ -33,7 +33,7 @@ class _Place(NamedTuple):
     paper="evenhancer",
     supports=Supports(grid=frozenset({2, 3}), cost=1.0),
     partial=True,
-    example={"radius": 1, "frames": 1, "hidden": (8,)},
+    example={"radius": 1, "frames": 1, "hidden": (16,)},
 )
 class LocalImplicitAttention(Mixer):
     r"""Attention from continuous coordinates to the nearest cells, frame by frame, decoded by an MLP (EvEnhancer, 2025, LIVT).

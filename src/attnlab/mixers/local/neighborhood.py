@@ -16,6 +16,7 @@ from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
+from attnlab.mixers.parts.first_real import from_first_real
 from attnlab.mixers.parts.zero_tokens import mix_with_zero_tokens
 from attnlab.ops.tile_attention.neighborhood import Axis, axes_of, neighborhood_attention
 from attnlab.ops.tile_attention.neighborhood.by_length import attend_by_length
@@ -125,12 +126,16 @@ class NeighborhoodAttention(AttentionMixer):
         masks: Masks,
         grid: Grid | None,
     ) -> Float[Tensor, "b h n e"]:
-        """Softmax over each query's neighbourhood; a sequence ends at its last real token."""
+        """Softmax over each query's neighbourhood; a sequence goes from its first real token to its last."""
         grid = grid or (q.shape[2],)
         axes = self.axes(grid)
         if masks.key is not None and len(grid) == 1:
             (rule,) = self._wanted((2**30,))
-            return attend_by_length(q, k, v, masks.key, rule, self.table, q.shape[-1] ** -0.5)[0]
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+                return attend_by_length(q, k, v, mask, rule, self.table, q.shape[-1] ** -0.5)[0]
+
+            return from_first_real(attend, q, k, v, masks.key)
         return neighborhood_attention(
             q,
             k,

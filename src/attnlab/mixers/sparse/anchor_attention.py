@@ -16,6 +16,7 @@ from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.core.tilings import segments_of
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
+from attnlab.mixers.parts.first_real import from_first_real
 from attnlab.mixers.parts.selection import chosen_places
 from attnlab.ops.backends import accumulate_dtype
 from attnlab.ops.chunks import full_precision
@@ -122,8 +123,13 @@ class AnchorAttention(AttentionMixer):
         masks: Masks,
         grid: Grid | None,
     ) -> Float[Tensor, "b h n e"]:
-        """Softmax over first, near and chosen keys."""
-        chosen = self.choose(q, k, masks.key)
+        """Softmax over first, near and chosen keys, counted from the first real one."""
+        if masks.key is None:
+            return self._attend(q, k, v, None)
+        return from_first_real(self._attend, q, k, v, masks.key)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Float[Tensor, "b h n e"]:
+        chosen = self.choose(q, k, mask)
         self.emit("selection", chosen)
         n = q.shape[2]
         queries = segments_of(n, self.group).to(q.device)
@@ -133,7 +139,7 @@ class AnchorAttention(AttentionMixer):
         else:
             places = chosen_places(chosen)
         keys = torch.cat((local.expand(*chosen.shape[:2], -1, -1), places), dim=-1)
-        found = tile_attention(q, k, v, queries[None, None], keys, causal=self.ordered, key_mask=masks.key)
+        found = tile_attention(q, k, v, queries[None, None], keys, causal=self.ordered, key_mask=mask)
         return from_tiles(found.output, places_of(queries, n))
 
     def _near(self, n: int, device: torch.device) -> Int[Tensor, "t y"]:

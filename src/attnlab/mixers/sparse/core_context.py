@@ -57,8 +57,8 @@ class CoreContextAwareAttention(CachedAttention):
         ValueError: for a group or window below 1, or a position that is a bias.
         UnsupportedError: with ``causal=False``.
 
-    Differs from the paper: its position of a core is not stated, and ours; masked tokens keep their places in the groups, take
-    no part in the pooling, and the last real token of a group weighs it.
+    Differs from the paper: its position of a core is not stated, and ours; masked tokens keep their places in the groups (pad on
+    the right), take no part in the pooling, and the last real token of a group weighs it.
     """
 
     def __init__(

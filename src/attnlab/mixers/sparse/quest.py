@@ -55,7 +55,7 @@ class QuestAttention(CachedAttention):
         UnsupportedError: with ``causal=False``.
 
     Differs from the paper: the first layers, which Quest leaves dense, are the model's affair. Masked tokens keep their places in
-    pages and are no keys.
+    pages (pad on the right) and are no keys.
     """
 
     def __init__(

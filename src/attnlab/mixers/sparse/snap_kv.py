@@ -68,8 +68,8 @@ class SnapKVAttention(CachedAttention):
         ValueError: for an unknown rule, sizes below 1, an even kernel, or a position that is a bias.
         UnsupportedError: with ``causal=False``.
 
-    Differs from the paper: the length of the prompt is an option, and ``prompt`` places include masked ones, which have neither
-    a say in the choice nor a place in the cache.
+    Differs from the paper: the length of the prompt is an option, and ``prompt`` places include masked ones (pad on
+    the right), which have neither a say in the choice nor a place in the cache.
     """
 
     def __init__(

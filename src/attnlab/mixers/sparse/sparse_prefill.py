@@ -14,6 +14,7 @@ from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
+from attnlab.mixers.parts.first_real import from_first_real
 from attnlab.mixers.parts.selection import as_mask, block_means, sequence_blocks, tokens_of_blocks, top_k
 from attnlab.mixers.sparse.frontier_rules import line_scores, ranked_blocks, ranked_lines
 from attnlab.ops.attention import attention_map
@@ -123,8 +124,9 @@ class SparsePrefillAttention(AttentionMixer):
         masks: Masks,
         grid: Grid | None,
     ) -> Float[Tensor, "b h n e"]:
-        """Choose, then softmax over the chosen."""
-        return (self._blocks if self.rule == "block" else self._lines)(q, k, v, masks.key)
+        """Choose, then softmax over the chosen; blocks and lines are counted from the first real token."""
+        run = self._blocks if self.rule == "block" else self._lines
+        return run(q, k, v, None) if masks.key is None else from_first_real(run, q, k, v, masks.key)
 
     def _blocks(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
         n = q.shape[2]

@@ -26,7 +26,7 @@ from attnlab.ops.chunks import full_precision
     family="sparse",
     paper="sparsifiner",
     supports=Supports(grid=frozenset({1, 2, 3}), mixing_matrix=True, discontinuous=True, tokens_option="num_tokens", cost=3.0),
-    example={"num_tokens": 12, "reduce_tokens": 3},
+    example={"num_tokens": 12, "reduce_tokens": 3, "class_token": False},
 )
 class Sparsifiner(AttentionMixer):
     r"""Attention of each query to the keys that a learned, low-rank estimate of its row finds best (Wei et al. 2023).
