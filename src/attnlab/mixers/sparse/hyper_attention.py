@@ -17,6 +17,7 @@ from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
+from attnlab.mixers.parts.first_real import from_first_real
 from attnlab.mixers.parts.selection import sequence_blocks
 from attnlab.mixers.sparse.angular_lsh import AngularLSH
 from attnlab.mixers.sparse.hyper_tiles import Side, hyper_tiles, to_tokens
@@ -145,13 +146,20 @@ class HyperAttention(AttentionMixer):
         n, ordered = q.shape[2], self.causal or self.hide_later
         if n < self.min_exact + ordered:
             return self._exact(q, k, v, masks)
-        found = self.estimate(q, k, v, masks).output
-        if ordered or masks.query is None:
+        if masks.key is None:
+            return self.estimate(q, k, v, masks).output
+        found = from_first_real(self._masked_estimate, q, k, v, masks.key)
+        if ordered:
             return found
-        short = masks.query.sum(1) < self.min_exact
+        short = masks.key.sum(1) < self.min_exact
         if torch.compiler.is_compiling() or short.is_meta or bool(short.any()):  # a padded sequence is what it is alone
             found = torch.where(short.view(-1, 1, 1, 1), self._exact(q, k, v, masks), found)
         return found
+
+    def _masked_estimate(
+        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b hk n d"], v: Float[Tensor, "b hk n e"], mask: Bool[Tensor, "b n"]
+    ) -> Float[Tensor, "b h n e"]:
+        return self.estimate(q, k, v, Masks(mask, mask)).output
 
     def _exact(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Float[Tensor, "b h n e"]:
         return attention(q, k, v, causal=self.causal or self.hide_later, key_mask=masks.key)
