@@ -146,12 +146,12 @@ class HyperAttention(AttentionMixer):
         n, ordered = q.shape[2], self.causal or self.hide_later
         if n < self.min_exact + ordered:
             return self._exact(q, k, v, masks)
-        if masks.key is None:
-            return self.estimate(q, k, v, masks).output
-        found = from_first_real(self._masked_estimate, q, k, v, masks.key)
-        if ordered:
+        if ordered and masks.key is not None:
+            return from_first_real(self._masked_estimate, q, k, v, masks.key)
+        found = self.estimate(q, k, v, masks).output
+        if ordered or masks.query is None:
             return found
-        short = masks.key.sum(1) < self.min_exact
+        short = masks.query.sum(1) < self.min_exact
         if torch.compiler.is_compiling() or short.is_meta or bool(short.any()):  # a padded sequence is what it is alone
             found = torch.where(short.view(-1, 1, 1, 1), self._exact(q, k, v, masks), found)
         return found
