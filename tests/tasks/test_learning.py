@@ -56,6 +56,8 @@ BEYOND = {
         "grassmann",
         "hyena",
         "morpmamba",
+        "local_implicit",
+        "short_context",
     },
     "stdlib_text": {"extractor"},
 }

@@ -18,6 +18,7 @@ def _run(recording: Recording, name: str, config: dict) -> dict[str, Tensor]:
         dim,
         config["num_heads"],
         num_tokens=config["num_tokens"],
+        class_token=True,
         keep_rate=config.get("attn_keep_rate", 0.25),
         score_threshold=options.get("thr") or None,
         reduce_tokens=config.get("reduce_n_factor", 8),

@@ -26,7 +26,7 @@ from attnlab.ops.chunks import full_precision
     family="sparse",
     paper="sparsifiner",
     supports=Supports(grid=frozenset({1, 2, 3}), mixing_matrix=True, discontinuous=True, tokens_option="num_tokens", cost=3.0),
-    example={"num_tokens": 12, "reduce_tokens": 3, "class_token": False},
+    example={"num_tokens": 12, "reduce_tokens": 3},
 )
 class Sparsifiner(AttentionMixer):
     r"""Attention of each query to the keys that a learned, low-rank estimate of its row finds best (Wei et al. 2023).
@@ -73,7 +73,7 @@ class Sparsifiner(AttentionMixer):
         num_tokens: int,
         keep_rate: float | int = 0.25,
         score_threshold: float | int | None = None,
-        class_token: bool = True,
+        class_token: bool = False,
         reduce_tokens: int = 8,
         reduce_dim: int = 2,
         coef_threshold: float | int = 0.01,
