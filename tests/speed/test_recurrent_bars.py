@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from attnlab import create_mixer, list_mixers, mixer_info
 from attnlab.core.masks import Masks
 from attnlab.mixers.linear.core import LinearMixer
+from attnlab.mixers.linear.flow import FlowAttention
 from attnlab.ops.delta_rule import delta_rule
 from attnlab.ops.gated_linear_attention import gated_linear_attention
 from attnlab.ops.linear_attention import linear_attention
@@ -24,7 +25,7 @@ DECAY = -torch.tensor([2.0**-h for h in range(1, HEADS + 1)])
 LINEAR = [
     (name, causal)
     for name in list_mixers(family="linear")
-    if isinstance(create_mixer(name, 16, 2, **dict(mixer_info(name).example)), LinearMixer)
+    if isinstance(create_mixer(name, 16, 2, **dict(mixer_info(name).example)), (LinearMixer, FlowAttention))
     for causal in ((False,) if mixer_info(name).supports.causal == "no" else (False, True))
 ]
 BY_TOKEN = [name for name in list_mixers(cost=1.0) if mixer_info(name).family in ("linear", "recurrent", "memory")]
