@@ -51,7 +51,7 @@ def text(steps: int) -> tuple[Mixer, Tensor]:
     options = {"num_heads": HEADS, "position": "learned", "max_length": 512}
     model = create_model("causal_lm", vocab_size=256, dim=DIM, depth=2, mixer="softmax", **options)
     train(model, task, steps=steps, batch_size=4, learning_rate=3e-3, seed=0, eval_split=None)
-    batch = next(iter(task.eval_batches("valid", 4)))
+    batch = next(iter(task.eval_batches(4, "valid")))
     return layer_of(model), hidden_states(model, batch.inputs)
 
 
