@@ -57,3 +57,13 @@ def test_a_differentiated_or_training_mixer_reads_at_once(monkeypatch) -> None:
     with torch.no_grad():
         mixer.train()(x)
     assert taken == [9, 9]
+
+
+def test_pieces_have_the_dtype_of_the_whole_under_autocast(monkeypatch) -> None:
+    mixer = built("lightning").float()
+    x = torch.randn(1, 9, 16)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        whole = mixer(x)
+        monkeypatch.setattr(type(mixer), "piece", 4)
+        pieces = mixer(x)
+    assert pieces.dtype == whole.dtype == torch.bfloat16

@@ -163,11 +163,13 @@ class StreamingMixer(Mixer):
         sequence = context is None and masks.pair is None and tuple(grid) == (x.shape[1],)
         if watched or not bounded or not sequence or x.shape[1] <= rows:
             return self.mix(x, context, masks, grid)
-        state, outputs = self.begin(x.shape[0], x.device, x.dtype), torch.empty_like(x)
+        state, outputs = self.begin(x.shape[0], x.device, x.dtype), x
         for start in range(0, x.shape[1], rows):
             part = slice(start, start + rows)
             mask = None if masks.query is None else masks.query[:, part]
-            outputs[:, part], state = self.advance(x[:, part], state, mask=mask)
+            y, state = self.advance(x[:, part], state, mask=mask)
+            outputs = outputs if start else y.new_empty(x.shape)  # autocast may give another dtype than that of x
+            outputs[:, part] = y
         return outputs
 
     def _demand_causal(self) -> None:
