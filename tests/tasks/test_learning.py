@@ -8,19 +8,21 @@ import torch
 import attnlab
 from attnlab.core.errors import UnsupportedError
 from attnlab.models import count_parameters
-from attnlab.tasks import create_task, list_tasks, reference_model
+from attnlab.tasks import create_task, list_tasks, reference_model, tasks
 from attnlab.training import train
 
-TRIVIAL = {"recall": ("any_value", "value_in_context"), "stdlib_text": ("uniform", "unigram", "bigram"), "digits": ("majority",)}
+# baselines that are no guesses: a model may be behind them
+NOT_TRIVIAL = {"digits": {"nearest_centroid"}}
 # how far from the best trivial baseline towards a perfect score, at least
-PART_OF_THE_WAY = {"recall": 0.3, "stdlib_text": 0.05, "digits": 0.5}
+PART_OF_THE_WAY = {"stdlib_text": 0.05, "digits": 0.5}
+GENERATED = [name for name in list_tasks() if not tasks.get(name).factory.source]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mixer", [pytest.param(name, marks=pytest.mark.tier("T5", f"mixer:{name}")) for name in ("softmax", "delta_net", "mamba")]
 )
-@pytest.mark.parametrize("name", list_tasks())
+@pytest.mark.parametrize("name", GENERATED)
 def test_the_default_budget_suffices_to_beat_guessing(name, mixer):
     task = create_task(name)
     budget = task.default_budget
@@ -36,11 +38,11 @@ def test_the_default_budget_suffices_to_beat_guessing(name, mixer):
         eval_split="test",
     )
     baselines = task.baselines("test")
-    trivial = [baselines[key] for key in TRIVIAL[name]]
+    trivial = [value for key, value in baselines.items() if key not in NOT_TRIVIAL.get(name, ())]
     best, perfect = (max(trivial), 1.0) if task.higher_is_better else (min(trivial), 0.0)
     reached = (result.metrics[task.metric] - best) / (perfect - best)
     assert result.status == "finished"
-    assert reached > PART_OF_THE_WAY[name], (result.metrics, baselines)
+    assert reached > PART_OF_THE_WAY.get(name, 0.3), (result.metrics, baselines)
 
 
 # weights of each token's own, or tables: no width that the heads allow meets the budget
@@ -64,7 +66,7 @@ BEYOND = {
 
 
 @pytest.mark.parametrize("mixer", attnlab.list_mixers())
-@pytest.mark.parametrize("name", list_tasks())
+@pytest.mark.parametrize("name", ["recall", "stdlib_text", "digits"])
 def test_every_mixer_fits_the_reference_model_or_is_refused(name, mixer):
     task = create_task(name)
     if task.model == "causal_lm" and attnlab.mixer_info(mixer).supports.causal == "no":
@@ -78,7 +80,7 @@ def test_every_mixer_fits_the_reference_model_or_is_refused(name, mixer):
     match = reference_model(task, mixer)
     batch = next(task.eval_batches(2))
     with torch.no_grad():
-        logits = match.model(batch.inputs, mask=batch.mask)
+        logits = batch.through(match.model)
     assert torch.isfinite(logits).all()
     assert match.parameters == count_parameters(match.model)
     assert abs(match.relative_error) <= 0.02

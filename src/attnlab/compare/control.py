@@ -33,8 +33,7 @@ def rounding(spec: Mapping[str, Any]) -> Agreement:
     def run(dtype: torch.dtype) -> tuple[Float[Tensor, "_"], Float[Tensor, "_"]]:
         model = cast(nn.Module, built.model).to(dtype).eval()
         model.load_state_dict(state)
-        inputs = batch.inputs.to(dtype) if batch.inputs.is_floating_point() else batch.inputs
-        logits = model(inputs, mask=batch.mask)
+        logits = batch.each(lambda value: value.to(dtype) if value.is_floating_point() else value).through(model)
         cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         gradients = torch.autograd.grad(logits, list(model.parameters()), cotangent, allow_unused=True)
         return logits.detach().flatten(), torch.cat([g.flatten() for g in gradients if g is not None])

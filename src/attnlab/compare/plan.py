@@ -51,7 +51,7 @@ class PlannedTask:
         options: its own options.
         fingerprint: of its data.
         summary: one line.
-        kind: "recall", "language" or "classification".
+        kind: of task, as `attnlab.tasks.contract.Kind` lists them.
         metric: what ranks.
         higher_is_better: its direction.
         budget: `attnlab.tasks.Budget` as a mapping; the learning rates are the sweep's.
@@ -86,7 +86,7 @@ def plan_task(suite: Suite, choice: TaskChoice) -> PlannedTask:
     task = load_task(choice.name, choice.options)
     budget: Budget = replace(task.default_budget, **choice.budget)
     rates = suite.learning_rates or tuple(float(rate) for rate in budget.learning_rates)
-    count = sum(len(batch.inputs) for batch in task.eval_batches(256, "test"))
+    count = sum(len(batch) for batch in task.eval_batches(256, "test"))
     return PlannedTask(
         choice.label,
         choice.name,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnlab.core.info import Info
 
@@ -18,8 +18,8 @@ IGNORE = -100
 """The target that takes no part in loss and metrics."""
 
 Split = Literal["valid", "test"]
-Kind = Literal["recall", "language", "classification"]
-ModelName = Literal["causal_lm", "encoder"]
+Kind = Literal["recall", "language", "classification", "reasoning", "retrieval", "regression", "pointing"]
+ModelName = Literal["causal_lm", "encoder", "matching", "tagger", "pointer"]
 
 
 @dataclass(frozen=True)
@@ -28,23 +28,54 @@ class Batch:
 
     Args:
         inputs: token ids (batch, n) int64, or patches (batch, n, patch_dim) in floating point.
-        targets: a class a token (batch, n), or a class an example (batch,), int64; `IGNORE` takes no part.
+        targets: a class a token (batch, n), or a class an example (batch,), int64; `IGNORE` takes no part. Numbers to be met,
+            where the task is a regression, are floating point: (batch, n, k), NaN takes no part.
         mask: (batch, n), True marks a real token; None means that all are.
+        context: a second sequence, of ids or patches, for models that read one; None where there is none.
+        context_mask: (batch, m), likewise.
     """
 
     inputs: Int[Tensor, "b n"] | Float[Tensor, "b n p"]
-    targets: Int[Tensor, "b n"] | Int[Tensor, "b"]
+    targets: Int[Tensor, "b n"] | Int[Tensor, "b"] | Float[Tensor, "b n k"]
     mask: Bool[Tensor, "b n"] | None = None
+    context: Int[Tensor, "b m"] | Float[Tensor, "b m p2"] | None = None
+    context_mask: Bool[Tensor, "b m"] | None = None
+
+    def __len__(self) -> int:
+        """Examples."""
+        return len(self.inputs)
+
+    def tensors(self) -> list[Tensor]:
+        """All that there are, in the order of the fields."""
+        return [value for part in fields(self) if (value := getattr(self, part.name)) is not None]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor changed in the same way: moved, or cut along the examples."""
+        changed: dict[str, Any] = {}
+        for part in fields(self):
+            value = getattr(self, part.name)
+            changed[part.name] = None if value is None else change(value)
+        return Batch(**changed)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
-        mask = None if self.mask is None else self.mask.to(device)
-        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device), mask=mask)
+        return self.each(lambda value: value.to(device))
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """The examples in order, ``size`` at a time; the last batch may be smaller."""
+        for start in range(0, len(self), size):
+            yield self.each(lambda value, rows=slice(start, start + size): value[rows])  # type: ignore[misc]
+
+    def through(self, model: nn.Module) -> Tensor:
+        """What ``model`` says of the inputs, and of the context where there is one."""
+        second = {} if self.context is None else {"context": self.context, "context_mask": self.context_mask}
+        return model(self.inputs, mask=self.mask, **second)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the model reads, padding included: what throughput counts."""
-        return self.inputs.shape[0] * self.inputs.shape[1]
+        second = 0 if self.context is None else self.context.shape[1]
+        return len(self) * (self.inputs.shape[1] + second)
 
 
 @dataclass(frozen=True)
@@ -82,6 +113,10 @@ class Task(ABC):
     info: ClassVar[Info]
     kind: ClassVar[Kind]
     model: ClassVar[ModelName]
+    small: ClassVar[Mapping[str, Any]] = {}
+    """Options with which all about the task is done in a blink: what its tests take."""
+    source: ClassVar[str] = ""
+    """Where the data must be fetched from, for tasks that need a ``path``; empty where nothing has to be fetched."""
     metric: ClassVar[str]
     """Name of the metric by which mechanisms are ranked."""
     higher_is_better: ClassVar[bool]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attnlab.tasks.contract import IGNORE, Batch, Budget, Split, Task
+from attnlab.tasks.contract import IGNORE, Batch, Budget, Split
+from attnlab.tasks.generated import GeneratedTask
 from attnlab.tasks.registry import tasks
 from attnlab.tasks.scores import token_accuracy
-
-_SPLIT_SEEDS = {"valid": 1, "test": 2}
 
 
 def gap_weights(slots: int, power: float) -> Float[Tensor, "slots"]:
@@ -29,7 +27,7 @@ def _distinct(batch: int, low: int, high: int, count: int, generator: torch.Gene
 
 
 @tasks.register("recall", family="recall")
-class AssociativeRecall(Task):
+class AssociativeRecall(GeneratedTask):
     r"""Multi-query associative recall as Arora et al. define it (2023, "Zoology", section 4 and appendix).
 
     A sequence of ``seq_len`` tokens begins with k key-value pairs, keys drawn without repeat from $[1, V/2)$, values from
@@ -56,6 +54,7 @@ class AssociativeRecall(Task):
     model = "causal_lm"
     metric = "accuracy"
     higher_is_better = True
+    small: ClassVar[Mapping[str, Any]] = {"eval_examples": 40}
 
     def __init__(
         self,
@@ -76,7 +75,7 @@ class AssociativeRecall(Task):
             raise ValueError(f"vocab_size: expected at least {2 * num_pairs + 2} for {num_pairs} keys, got {vocab_size}")
         self.seq_len, self.num_pairs, self.vocab_size = seq_len, num_pairs, vocab_size
         self.power, self.random_non_queries = power, random_non_queries
-        self.eval_examples, self.seed = eval_examples, seed
+        super().__init__(eval_examples, seed)
 
     @property
     def model_options(self) -> Mapping[str, Any]:
@@ -103,17 +102,6 @@ class AssociativeRecall(Task):
         targets = torch.full_like(inputs, IGNORE).scatter_(1, slots, values)
         return Batch(inputs, targets)
 
-    def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """New examples without end."""
-        while True:
-            yield self.draw(batch_size, generator)
-
-    def eval_batches(self, batch_size: int, split: Split = "valid") -> Iterator[Batch]:
-        """The examples of the split's own seed."""
-        examples = self.draw(self.eval_examples, torch.Generator().manual_seed(4 * self.seed + _SPLIT_SEEDS[split]))
-        for start in range(0, self.eval_examples, batch_size):
-            yield Batch(examples.inputs[start : start + batch_size], examples.targets[start : start + batch_size])
-
     def metrics(self, logits: Tensor, batch: Batch) -> dict[str, tuple[float, float]]:
         """Share of queries answered with the right value."""
         return token_accuracy(logits, batch)
@@ -121,12 +109,3 @@ class AssociativeRecall(Task):
     def baselines(self, split: Split = "valid") -> dict[str, float]:
         """Accuracy of guessing among all values, and among those in the context; no model without recall does better."""
         return {"any_value": 1.0 / (self.vocab_size - self.vocab_size // 2), "value_in_context": 1.0 / self.num_pairs}
-
-    def fingerprint(self) -> str:
-        """Hash of both evaluation splits, which the sizes, the seed and the way of drawing determine."""
-        digest = hashlib.sha256()
-        for split in ("valid", "test"):
-            for batch in self.eval_batches(self.eval_examples, split):
-                digest.update(batch.inputs.numpy().tobytes())
-                digest.update(batch.targets.numpy().tobytes())
-        return digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -41,6 +41,7 @@ class StdlibText(Task):
     model = "causal_lm"
     metric = "bits_per_byte"
     higher_is_better = False
+    small: ClassVar[Mapping[str, Any]] = {"max_bytes": 1_500_000, "eval_windows": 20}
 
     def __init__(self, seq_len: int = 128, *, max_bytes: int = 4_000_000, eval_windows: int = 128) -> None:
         if seq_len < 1 or eval_windows < 1:

@@ -33,7 +33,7 @@ def evaluate(
     """Mean metrics of ``model`` over all examples of ``split``, in evaluation mode; the mode is put back afterwards.
 
     Args:
-        model: maps ``(batch.inputs, mask=batch.mask)`` to logits.
+        model: maps a batch to logits, as `Batch.through` calls it.
         task: examples and metrics.
         split: "valid" or "test".
         batch_size: examples at a time.
@@ -45,7 +45,7 @@ def evaluate(
     with evaluating(model), precision(device, autocast):
         for batch in task.eval_batches(batch_size, split):
             batch = batch.to(device)
-            for name, (total, count) in task.metrics(model(batch.inputs, mask=batch.mask), batch).items():
+            for name, (total, count) in task.metrics(batch.through(model), batch).items():
                 sums[name] += total
                 counts[name] += count
     return {name: sums[name] / counts[name] for name in sums}

@@ -39,7 +39,7 @@ def train(
     """Train ``model`` in place, where its parameters are; a loss or gradient that is not finite ends it, without an exception.
 
     Args:
-        model: maps ``(batch.inputs, mask=batch.mask)`` to logits.
+        model: maps a batch to logits, as `Batch.through` calls it.
         task: batches, loss and metrics.
         steps: optimiser steps in all.
         batch_size: examples a step.

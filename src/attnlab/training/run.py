@@ -156,9 +156,9 @@ class Run:
 
     def _loss(self, batch: Batch) -> Tensor:
         if not self.recipe.auxiliary:
-            return self.task.loss(self.model(batch.inputs, mask=batch.mask), batch)
+            return self.task.loss(batch.through(self.model), batch)
         with record(self.model, only=list(self.recipe.auxiliary)) as tape:
-            loss = self.task.loss(self.model(batch.inputs, mask=batch.mask), batch)
+            loss = self.task.loss(batch.through(self.model), batch)
         for name, weight in self.recipe.auxiliary.items():
             loss = loss + weight * sum(value.float() for value in tape.matching(f"/{name}").values())
         return loss
