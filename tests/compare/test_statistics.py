@@ -11,14 +11,6 @@ from attnlab.compare import statistics as ours
 DRAW = np.random.default_rng(3)
 
 
-@pytest.mark.parametrize("df", [1, 2, 3, 4, 5, 7, 10, 31, 100])
-def test_t_distribution_equals_scipy(df):
-    for t in (-40.0, -3.2, -1.0, -0.1, 0.0, 0.7, 2.0, 12.0):
-        assert ours.t_cdf(t, df) == pytest.approx(scipy.stats.t.cdf(t, df), rel=1e-9, abs=1e-14)
-    for p in (0.001, 0.025, 0.3, 0.5, 0.9, 0.975, 0.9995):
-        assert ours.t_quantile(p, df) == pytest.approx(scipy.stats.t.ppf(p, df), rel=1e-9, abs=1e-12)
-
-
 @pytest.mark.parametrize("count", [2, 3, 5, 19])
 def test_mean_interval_equals_scipy(count):
     values = DRAW.normal(3.0, 2.0, count)
@@ -43,7 +35,7 @@ def test_paired_test_equals_scipy(count):
     interval = expected.confidence_interval(0.95)
     assert found.p == pytest.approx(expected.pvalue, rel=1e-9)
     assert (found.difference.low, found.difference.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
-    assert (found.sign != 0) == (expected.pvalue < 0.05)
+    assert found.deviation == pytest.approx(np.std(a - b, ddof=1), rel=1e-9)
 
 
 def test_sign_flips_equal_scipy():
@@ -55,8 +47,7 @@ def test_sign_flips_equal_scipy():
 
 def test_one_value_has_no_interval_and_tells_nothing():
     assert ours.mean_interval([0.5]) == ours.Interval(0.5, None, None, 1)
-    assert ours.paired_test([0.9], [0.1]).sign == 0
-    assert ours.verdict({0: 0.9}, {0: 0.1}, higher_is_better=True) == "cannot tell"
+    assert ours.paired_test([0.75], [0.25]) == ours.Paired(ours.Interval(0.5, None, None, 1), None, None)
     with pytest.raises(ValueError, match="at least one"):
         ours.mean_interval([])
 
@@ -70,15 +61,6 @@ def test_equal_values_of_a_rounded_metric_are_no_certainty():
     assert ours.mean_interval([1.0, 1.0, 1.0]).high == 1.0
     found = ours.mean_interval([1.0, 1.0, 1.0], resolution=0.01)
     assert found.high == pytest.approx(1.0 + scipy.stats.t.ppf(0.975, 2) * 0.01 / np.sqrt(12) / np.sqrt(3))
-    a, b = {0: 0.99, 1: 0.98}, {0: 0.98, 1: 0.97}
-    assert ours.verdict(a, b, higher_is_better=True, resolution=0.01) == "cannot tell"
-    assert ours.verdict({0: 0.9, 1: 0.9}, {0: 0.1, 1: 0.1}, higher_is_better=True, resolution=0.01) == "better"
-
-
-def test_only_seeds_that_both_have_are_paired():
-    a, b = {0: 0.5, 2: 0.7}, {0: 0.4, 1: 0.9, 2: 0.6}
-    assert ours.verdict(a, b, higher_is_better=True) == "better"
-    assert ours.verdict({1: 0.5}, {0: 0.4}, higher_is_better=True) == "cannot tell"
 
 
 def test_many_signs_are_flipped_at_random():
@@ -86,16 +68,6 @@ def test_many_signs_are_flipped_at_random():
     expected = scipy.stats.wilcoxon(differences).pvalue
     assert ours.sign_flip_p(differences) == pytest.approx(expected, abs=0.08)
     assert ours.sign_flip_p([1.0] * 24) < 1e-4
-
-
-def test_ranks_say_when_they_cannot_tell():
-    values = {"good": {0: 0.90, 1: 0.91}, "also": {0: 0.70, 1: 0.99}, "bad": {0: 0.10, 1: 0.11}}
-    ranks = ours.rank(values, higher_is_better=True)
-    assert (ranks["good"].best, ranks["good"].worst) == (1, 2)
-    assert ranks["also"].text == "1–3", "two seeds whose differences scatter cannot tell it from the worst"
-    assert ranks["bad"].text == "2–3"
-    assert [ranks[name].position for name in values] == [1, 2, 3]
-    assert ours.rank(values, higher_is_better=False)["bad"].text == "1–2"
 
 
 def test_pooled_deviation_is_the_root_of_the_mean_variance_of_equal_groups():

@@ -8,11 +8,12 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float
+from scipy import stats
 from torch import Tensor, nn
 
 from attnlab.compare.gate import Agreement, agreement
 from attnlab.compare.plan import build_model, load_task
-from attnlab.compare.statistics import pooled_deviation, t_quantile
+from attnlab.compare.statistics import pooled_deviation
 
 BATCH = 4
 """Examples on which rounding is compared."""
@@ -97,5 +98,5 @@ def judge(
     """
     difference = None if default is None or reference is None else default - reference
     deviation, df = pooled_deviation(seeds)
-    allowed = None if df == 0 else max(resolution, 2.0**0.5 * deviation * t_quantile(0.975, df))
+    allowed = None if df == 0 else max(resolution, 2.0**0.5 * deviation * float(stats.t.ppf(0.975, df)))
     return Tie(task, difference, allowed, agrees)

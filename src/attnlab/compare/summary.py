@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from attnlab.compare.contrasts import Contrast, Question, Rank, Verdict, contrasts, detectable, holm, rank, typical_deviation
 from attnlab.compare.control import Tie, judge
 from attnlab.compare.costs import LayerCosts, read_costs
 from attnlab.compare.ledger import Row
 from attnlab.compare.plan import PlannedTask, best_rate
-from attnlab.compare.statistics import Interval, Rank, Verdict, mean_interval, rank, sign_flip_p, verdict
+from attnlab.compare.statistics import Interval, mean_interval, sign_flip_p
 from attnlab.compare.suites import REFERENCE
 
 State = Literal["scored", "unfinished", "diverged", "failed", "excluded"]
@@ -34,7 +35,7 @@ class Score:
         test: their test metric.
         interval: mean and interval of ``test``.
         rank: among the mixers of the task.
-        versus: against softmax attention, by the paired test over seeds.
+        against: against softmax attention, by the paired test over seeds, corrected for all such tests of the run.
         beats_baselines: whether every seed is better than every trivial baseline on the test split.
         parameters: of the model.
         width: of the model.
@@ -54,13 +55,18 @@ class Score:
     test: tuple[float, ...] = ()
     interval: Interval | None = None
     rank: Rank | None = None
-    versus: Verdict | None = None
+    against: Contrast | None = None
     beats_baselines: bool | None = None
     parameters: int | None = None
     width: int | None = None
     seconds: float | None = None
     tokens_per_second: float | None = None
     curves: tuple[Any, ...] = ()
+
+    @property
+    def versus(self) -> Verdict | None:
+        """The verdict of ``against``."""
+        return None if self.against is None else self.against.verdict
 
     @property
     def by_seed(self) -> dict[int, float]:
@@ -70,7 +76,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Overall:
-    """A mixer against softmax attention over all tasks and seeds: mean difference in units of a task's spread, and its p."""
+    """A mixer against softmax attention over all tasks and seeds: mean difference in units of a task's spread, and its p.
+
+    The p value is that of flipping signs, corrected by Holm for the number of mixers.
+    """
 
     mixer: str
     effect: float
@@ -111,6 +120,12 @@ class Summary:
                 return score
         raise KeyError(f"no score of {mixer!r} on {task!r}")
 
+    def told(self, task: str) -> float | None:
+        """The smallest difference in the task's metric that its seeds tell with probability 0.8, one pair tested at 5 %."""
+        seeds = [score.by_seed for score in self.scores if score.task == task and score.test]
+        deviation = typical_deviation(seeds)
+        return None if deviation is None else detectable(deviation, min(len(values) for values in seeds))
+
     @property
     def complete(self) -> bool:
         """Whether nothing is left to do."""
@@ -139,7 +154,8 @@ def summarise(facts: Mapping[str, Any], rows: Sequence[Row]) -> Summary:
             reason = excluded.get((label, name))
             own = [row for row in rows if (row.member.task, row.member.mixer) == (label, name)]
             found[name] = _score(task, name, own) if reason is None else Score(label, name, "excluded", reason)
-        scores += _ranked(task, found, _reference(mixers))
+        scores += _ranked(task, found)
+    scores = _against(tasks, scores, _reference(mixers))
     ties = tuple(_tie(task, rows, scores, mixers) for task in tasks.values()) if facts["suite"]["control"] else ()
     statuses = [row.status for row in rows]
     return Summary(
@@ -213,17 +229,22 @@ def best_of(task: PlannedTask, values: Sequence[float]) -> float:
     return max(values) if task.higher_is_better else min(values)
 
 
-def _ranked(task: PlannedTask, scores: Mapping[str, Score], reference: str | None) -> list[Score]:
+def _ranked(task: PlannedTask, scores: Mapping[str, Score]) -> list[Score]:
     values = {name: score.by_seed for name, score in scores.items() if score.test}
-    better, step = task.higher_is_better, task.resolution
-    ranks = rank(values, higher_is_better=better, resolution=step)
-    out = []
-    for name, score in scores.items():
-        told = reference in values and name in values and name != reference
-        pair = (values[name], values[str(reference)]) if told else None
-        versus = verdict(*pair, higher_is_better=better, resolution=step) if pair is not None else None
-        out.append(replace(score, rank=ranks.get(name), versus=versus))
-    return out
+    ranks = rank(values, higher_is_better=task.higher_is_better, resolution=task.resolution)
+    return [replace(score, rank=ranks.get(name)) for name, score in scores.items()]
+
+
+def _against(tasks: Mapping[str, PlannedTask], scores: Sequence[Score], reference: str | None) -> list[Score]:
+    """The scores with their contrasts to softmax attention, all tested as one family."""
+    baseline = {score.task: score for score in scores if score.mixer == reference and score.test}
+    asked = [score for score in scores if score.test and score.task in baseline and score.mixer != reference]
+    questions = [
+        Question(score.by_seed, baseline[score.task].by_seed, tasks[score.task].higher_is_better, tasks[score.task].resolution)
+        for score in asked
+    ]
+    found = {(score.task, score.mixer): answer for score, answer in zip(asked, contrasts(questions), strict=True)}
+    return [replace(score, against=found.get((score.task, score.mixer))) for score in scores]
 
 
 def _tie(task: PlannedTask, rows: Sequence[Row], scores: Sequence[Score], mixers: Mapping[str, Mapping[str, Any]]) -> Tie | None:
@@ -256,4 +277,4 @@ def _overall(tasks: Mapping[str, PlannedTask], scores: Sequence[Score], referenc
             differences += [sign * (ours[seed] - theirs[seed]) / spread for seed in sorted(set(ours) & set(theirs))]
         if len(differences) > 1:
             found.append(Overall(name, float(np.mean(differences)), len(differences), sign_flip_p(differences)))
-    return tuple(found)
+    return tuple(replace(entry, p=p) for entry, p in zip(found, holm([entry.p for entry in found]), strict=True))

@@ -201,6 +201,28 @@ def at_the_edge(summary: Summary) -> int:
     return sum(rate in (min(rates), max(rates)) for rate, rates in swept if len(rates) > 2)
 
 
+def power_notes(summary: Summary) -> list[str]:
+    """What differences the seeds of each task can tell, and how many the differences seen would need."""
+    notes = []
+    for label, task in summary.tasks.items():
+        smallest = summary.told(label)
+        if smallest is None:
+            continue
+        open_ = [s for s in summary.scores if s.task == label and s.against is not None and s.against.verdict == "cannot tell"]
+        needed = sorted(s.against.seeds_needed for s in open_ if s.against is not None and s.against.seeds_needed is not None)
+        seen = (
+            f" The differences from softmax attention that remain open would need {needed[0]} seeds and more (median "
+            f"{needed[len(needed) // 2]}) to be told as they are."
+            if needed
+            else ""
+        )
+        notes.append(
+            f"Power on {label}: a pair that differs by {value_text(task, smallest)} in {metric_name(task)} is told with "
+            f"probability 0.8, before correction; smaller differences are likely to stay open.{seen}"
+        )
+    return notes
+
+
 def limits(summary: Summary) -> Sequence[str]:
     """What this evidence cannot show."""
     seeds = int(summary.facts["suite"]["seeds"])
@@ -214,8 +236,10 @@ def limits(summary: Summary) -> Sequence[str]:
         "not cover the choice of evaluation examples, nor that of the learning rate.",
         f"{rates} learning rate{'s' if rates > 1 else ''} tried, with one seed: a coarse sweep can misrank mechanisms, "
         f"recurrent ones above all.{few}{edges}",
-        "Small models, short training, short sequences: what holds here need not hold at scale. Ranks are not corrected for "
-        "the number of comparisons.",
+        *power_notes(summary),
+        "Ranks are corrected for the number of pairs of a task, comparisons with softmax attention for all of the run (Holm): "
+        "one wrong statement among them all has a chance of at most 5 %.",
+        "Small models, short training, short sequences: what holds here need not hold at scale.",
         "Layer times are of this machine, in float32, and of these implementations; a mechanism may have faster kernels "
         "elsewhere.",
         "Training is counted in processor time of whole runs at the sizes of the tasks, most of which is not the mixer; layer "
