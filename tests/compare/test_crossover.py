@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from attnlab.compare.crossover import crossover
+from attnlab.compare.crossover import crossover, growth, with_interval
 
 
 def test_power_laws_cross_where_they_should():
@@ -31,3 +31,21 @@ def test_only_the_last_crossing_counts():
 def test_bad_curves_are_refused(lengths, ratios):
     with pytest.raises(ValueError, match="expected"):
         crossover(lengths, ratios)
+
+
+def test_the_interval_of_a_crossover_is_that_of_the_ratios():
+    lengths = [256, 512, 1024, 2048]
+    ratios = [700.0 / n for n in lengths]
+    found = with_interval(lengths, ratios, [r * 0.8 for r in ratios], [r * 1.3 for r in ratios])
+    assert (found.length, found.low, found.high) == pytest.approx((700, 560, 910))
+    assert found.interval == "560–910"
+    far = with_interval(lengths, ratios, [r * 0.1 for r in ratios], [r * 9 for r in ratios])
+    assert (far.low, far.high, far.interval) == (None, None, "")
+    assert with_interval(lengths, ratios, [r * 0.1 for r in ratios], [r * 1.3 for r in ratios]).interval == "…–910"
+
+
+def test_growth_is_the_exponent_of_a_power_law_without_its_fixed_cost():
+    lengths = [256, 512, 1024, 2048, 4096]
+    assert growth(lengths, [1e-6 * n**1.7 for n in lengths]) == pytest.approx(1.7)
+    assert growth(lengths, [max(0.5, 1e-3 * n) for n in lengths]) == pytest.approx(1.0)
+    assert growth([64], [1.0]) is None

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from attnlab.compare.control import judge
 from attnlab.compare.cost import layer_flops, state_bytes
 from attnlab.compare.gate import Agreement, agreement, gate
-from attnlab.compare.layers import Layer, random_input
+from attnlab.compare.layers import Layer, build_layer, can_stream, random_input
 from attnlab.compare.machine import machine_facts
 from attnlab.compare.memory import peak_bytes
-from attnlab.compare.timing import time_pairs
+from attnlab.compare.timing import clock_of, layer_call, median_interval, time_pairs
 from attnlab.ops.attention import ATTENTION, eager
 
 SMALL = Layer("softmax", True, 16, 2)
@@ -77,6 +78,35 @@ def test_pairs_are_interleaved_and_their_ratio_is_free_of_drift():
     assert order[4:8] == ["a", "b", "b", "a"], "after the warm-up, who goes first alternates"
     assert found.ratio == pytest.approx(3.0, rel=0.06)
     assert found.ratio_low <= found.ratio <= found.ratio_high
+    assert found.ratio_from <= found.ratio_low and found.ratio_high <= found.ratio_to, "six pairs: their whole range"
+
+
+def test_the_interval_of_a_median_covers_it_as_often_as_it_says():
+    chance = np.random.default_rng(0)
+    for count in (9, 15, 40):
+        covered = 0
+        for _ in range(1000):
+            low, high = median_interval(list(chance.exponential(1.0, count)))
+            covered += low <= math.log(2.0) <= high
+        assert covered >= 940, count
+    assert median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+
+
+def test_a_step_of_decoding_costs_as_the_state_does():
+    bounded, cache = Layer("linear", True, 32, 2), Layer("softmax", True, 32, 2)
+    assert layer_call(bounded, 40, "decode")().shape == (1, 1, 32)
+    x, _ = random_input(cache, 40)
+    whole = build_layer(cache, 40).eval()(torch.cat((x, x[:, :1]), dim=1))[:, -1:]
+    torch.testing.assert_close(layer_call(cache, 40, "decode")(), whole)
+    assert not can_stream(Layer("pooling", False, 16, 2)) and not can_stream(Layer("softmax", False, 16, 2))
+
+
+def test_cuda_work_is_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    assert clock_of("cuda:0")() > 0 and waited == ["cuda:0"]
+    clock_of("cpu")()
+    assert waited == ["cuda:0"]
 
 
 def test_memory_of_a_layer_is_that_of_its_scores():

@@ -8,8 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from attnlab.compare.layers import Layer, build_layer, random_input
-from attnlab.core.catalog import mixer_info
+from attnlab.compare.layers import Layer, build_layer, can_stream, random_input
 
 _ATEN = torch.ops.aten
 
@@ -66,7 +65,7 @@ def layer_flops(layer: Layer, tokens: int) -> int:
 
 def state_bytes(layer: Layer, tokens: int) -> int | None:
     """Bytes of streaming state a sequence after so many tokens; None where the mixer does not stream."""
-    if not (layer.causal and mixer_info(layer.name).supports.streaming):
+    if not can_stream(layer):
         return None
     mixer = build_layer(layer, tokens).eval()
     x, _ = random_input(layer, tokens)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from attnlab.compare.crossover import Crossover, crossover
+from attnlab.compare.crossover import Crossover, growth, with_interval
 from attnlab.compare.ledger import Row
 from attnlab.compare.timing import Direction
 
@@ -19,8 +19,9 @@ class LayerCosts:
         mixer: label.
         causal: which form was measured.
         gate: the gate's record.
-        times: for "forward" and "training" the `attnlab.compare.timing.PairTimes` record at each length.
-        memory: for both the peak bytes at each length that was weighed, None where the system could not tell.
+        times: for "forward", "training" and, where it streams, "decode" the `attnlab.compare.timing.PairTimes` record at each
+            length.
+        memory: for the first two the peak bytes at each length that was weighed, None where the system could not tell.
         flops: of matrix products in one forward pass at each length.
         state: bytes of streaming state after so many tokens; None where it does not stream.
         threads: torch's threads while timing.
@@ -45,7 +46,18 @@ class LayerCosts:
         times = self.times.get(direction)
         if not times:
             return None
-        return crossover(list(times), [float(record["ratio"]) for record in times.values()])
+        ratios = ([float(record[key]) for record in times.values()] for key in ("ratio", "ratio_from", "ratio_to"))
+        return with_interval(list(times), *ratios)
+
+    def exponent(self, direction: Direction) -> float | None:
+        """How its time grows with the length over the longer ones; None without times."""
+        times = self.times.get(direction, {})
+        return growth(list(times), [record["seconds"] for record in times.values()]) if times else None
+
+    def throughput(self, direction: Direction, length: int) -> float | None:
+        """Tokens a second of one sequence at a length: of all its tokens, or in "decode" of the next; None without times."""
+        record = self.times.get(direction, {}).get(length)
+        return None if record is None else (1 if direction == "decode" else length) / record["seconds"]
 
 
 def read_costs(rows: Sequence[Row]) -> dict[str, LayerCosts]:
@@ -57,13 +69,13 @@ def read_costs(rows: Sequence[Row]) -> dict[str, LayerCosts]:
 
 def costs_of(mixer: str, result: Mapping[str, Any]) -> LayerCosts:
     """The costs in the result of a timing cell."""
-    directions = [name for name in ("forward", "training") if name in result]
+    directions = [name for name in ("forward", "training", "decode") if name in result]
     return LayerCosts(
         mixer,
         result["causal"],
         result["gate"],
         {name: _by_length(result[name]) for name in directions},
-        {name: _by_length(result[f"{name}_memory"]) for name in directions},
+        {name: _by_length(result[f"{name}_memory"]) for name in directions if f"{name}_memory" in result},
         _by_length(result.get("flops", {})),
         _by_length(result.get("state_bytes", {})),
         result["threads"],

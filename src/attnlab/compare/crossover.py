@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -18,10 +19,14 @@ class Crossover:
     Args:
         where: "always" (at every measured length), "at" (from ``length`` on), or "never" (not at the longest measured one).
         length: tokens, where it is "at"; the shortest measured length for "always"; the longest for "never".
+        low: where the lower ends of the ratios' intervals cross 1; None if no intervals are known, or at the shortest length.
+        high: where the upper ends cross 1; None if no intervals are known, or not within the measured range.
     """
 
     where: Where
     length: float
+    low: float | None = None
+    high: float | None = None
 
     @property
     def text(self) -> str:
@@ -29,6 +34,14 @@ class Crossover:
         if self.where == "at":
             return f"{round(self.length):,}"
         return f"≤ {round(self.length):,}" if self.where == "always" else f"> {round(self.length):,}"
+
+    @property
+    def interval(self) -> str:
+        """The 95 % interval in words, where it is known: ``"900–1,300"``, open where the measured range ends."""
+        if self.where != "at" or (self.low is None and self.high is None):
+            return ""
+        low = "…" if self.low is None else f"{round(self.low):,}"
+        return f"{low}–{'…' if self.high is None else f'{round(self.high):,}'}"
 
     @property
     def sentence(self) -> str:
@@ -66,3 +79,36 @@ def crossover(lengths: Sequence[int], ratios: Sequence[float]) -> Crossover:
     share = before / (before - after)
     log_length = math.log(lengths[last]) + share * (math.log(lengths[last + 1]) - math.log(lengths[last]))
     return Crossover("at", math.exp(log_length))
+
+
+def with_interval(lengths: Sequence[int], ratios: Sequence[float], low: Sequence[float], high: Sequence[float]) -> Crossover:
+    """`crossover`, with the lengths at which the ends of the ratios' intervals cross 1.
+
+    Args:
+        lengths: tokens, rising.
+        ratios: the mechanism's time over the baseline's.
+        low: lower ends of their intervals.
+        high: upper ends.
+    """
+    found = crossover(lengths, ratios)
+    ends = [crossover(lengths, end) for end in (low, high)]
+    first, last = (end.length if end.where == "at" else None for end in ends)
+    return replace(found, low=first, high=last)
+
+
+def growth(lengths: Sequence[int], seconds: Sequence[float], from_share: float = 0.125) -> float | None:
+    r"""The exponent p of $t \propto n^p$ over the longer lengths, by least squares in logarithms.
+
+    Args:
+        lengths: tokens, rising.
+        seconds: times, positive.
+        from_share: lengths below this share of the longest are left out: fixed costs are no growth.
+
+    Returns:
+        None with fewer than two lengths.
+    """
+    kept = [(n, t) for n, t in zip(lengths, seconds, strict=True) if n >= from_share * max(lengths)]
+    if len(kept) < 2:
+        return None
+    x, y = ([math.log(value) for value in values] for values in zip(*kept, strict=True))
+    return statistics.linear_regression(x, y).slope

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from attnlab.compare.ledger import Row
+from attnlab.compare.measure import DIRECTIONS
 from attnlab.compare.summary import Summary
 
 TRAINING_COLUMNS = (
@@ -20,7 +21,7 @@ TRAINING_COLUMNS = (
 COPIED = ("steps", "seconds", "cpu_seconds", "tokens", "parameters", "width", "threads")
 TIMING_COLUMNS = (
     "mixer", "causal", "direction", "length", "seconds", "low", "high", "softmax_seconds", "ratio", "ratio_low", "ratio_high",
-    "pairs", "peak_bytes", "forward_flops", "gate_passed", "threads",
+    "ratio_from", "ratio_to", "pairs", "peak_bytes", "forward_flops", "gate_passed", "threads",
 )  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def timing_records(summary: Summary) -> list[dict[str, Any]]:
         for direction, times in cost.times.items():
             for length, found in times.items():
                 values = {"softmax_seconds" if name == "baseline" else name: value for name, value in found.items()}
-                counted = {"peak_bytes": cost.memory[direction].get(length), "forward_flops": cost.flops.get(length)}
+                counted = {"peak_bytes": cost.memory.get(direction, {}).get(length), "forward_flops": cost.flops.get(length)}
                 records.append({**common, "direction": direction, "length": length, **values, **counted})
     return records
 
@@ -81,10 +82,11 @@ def summary_record(summary: Summary) -> dict[str, Any]:
         "crossover": {
             name: {
                 direction: None if (found := cost.crossover(direction)) is None else {**asdict(found), "text": found.text}
-                for direction in ("forward", "training")
+                for direction in DIRECTIONS
             }
             for name, cost in summary.costs.items()
         },
+        "growth": {name: {d: cost.exponent(d) for d in DIRECTIONS} for name, cost in summary.costs.items()},
         "state_bytes": {name: cost.state for name, cost in summary.costs.items()},
         "failures": [{"cell": label, "error": error} for label, error in summary.failures],
     }

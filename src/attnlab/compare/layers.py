@@ -28,6 +28,7 @@ class Layer:
         num_heads: heads.
         batch_size: sequences at once.
         options: its own options.
+        device: where it runs: "cpu", "cuda".
     """
 
     name: str
@@ -36,6 +37,7 @@ class Layer:
     num_heads: int
     batch_size: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
 
     @property
     def baseline(self) -> Layer:
@@ -48,6 +50,11 @@ def can_be_causal(name: str) -> bool:
     return mixer_info(name).supports.causal != "no"
 
 
+def can_stream(layer: Layer) -> bool:
+    """Whether the layer reads token by token."""
+    return layer.causal and mixer_info(layer.name).supports.streaming
+
+
 def build_layer(layer: Layer, tokens: int, seed: int = 0) -> Mixer:
     """The mixer, initialised from ``seed``, for ``tokens`` where an option says how many; torch's generator is left alone."""
     info = mixer_info(layer.name)
@@ -57,12 +64,13 @@ def build_layer(layer: Layer, tokens: int, seed: int = 0) -> Mixer:
         fixed["max_length"] = tokens
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return create_mixer(layer.name, layer.dim, layer.num_heads, causal=layer.causal, **{**layer.options, **fixed})
+        mixer = create_mixer(layer.name, layer.dim, layer.num_heads, causal=layer.causal, **{**layer.options, **fixed})
+    return mixer.to(layer.device)
 
 
 def random_input(layer: Layer, tokens: int, seed: int = 0) -> tuple[Float[Tensor, "b n c"], Grid | None]:
     """Normal tokens, and the grid that the mixer needs for them: none where it takes sequences, else the squarest."""
-    x = torch.randn(layer.batch_size, tokens, layer.dim, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(layer.batch_size, tokens, layer.dim, generator=torch.Generator().manual_seed(seed)).to(layer.device)
     ranks = mixer_info(layer.name).supports.grid
     if 1 in ranks:
         return x, None

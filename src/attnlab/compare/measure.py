@@ -11,14 +11,16 @@ import torch
 from attnlab.compare.cost import layer_flops, state_bytes
 from attnlab.compare.costs import LayerCosts, costs_of
 from attnlab.compare.gate import gate
-from attnlab.compare.layers import Layer, can_be_causal
+from attnlab.compare.layers import Layer, can_be_causal, can_stream
 from attnlab.compare.memory import peak_bytes
 from attnlab.compare.suites import MixerChoice, Timing
 from attnlab.compare.timing import Direction, time_layer
 from attnlab.core.catalog import mixer_info
 from attnlab.core.errors import UnsupportedError
 
-DIRECTIONS: tuple[Direction, ...] = ("forward", "training")
+DIRECTIONS: tuple[Direction, ...] = ("forward", "training", "decode")
+WEIGHED: tuple[Direction, ...] = ("forward", "training")
+"""Directions whose peak memory is measured; that of a decoding step is its state."""
 
 
 @contextmanager
@@ -45,6 +47,8 @@ def measure(layer: Layer, timing: Timing, check: Callable[[], None]) -> dict[str
     if not agreed.passed:
         return result
     for direction in DIRECTIONS:
+        if direction == "decode" and not can_stream(layer):
+            continue
         times = {}
         with threads(timing.threads):
             for length in timing.lengths:
@@ -52,7 +56,9 @@ def measure(layer: Layer, timing: Timing, check: Callable[[], None]) -> dict[str
                 found = time_layer(layer, length, direction, seconds=timing.seconds, pairs=timing.pairs)
                 times[str(length)] = found.record()
         result[direction] = times
-        result[f"{direction}_memory"] = {str(length): peak_bytes(layer, length, direction) for length in timing.memory_lengths}
+        if direction in WEIGHED:
+            peaks = {str(length): peak_bytes(layer, length, direction) for length in timing.memory_lengths}
+            result[f"{direction}_memory"] = peaks
     result["flops"] = {str(length): layer_flops(layer, length) for length in timing.lengths}
     ends = sorted({timing.lengths[0], timing.lengths[-1]})
     result["state_bytes"] = {str(length): state_bytes(layer, length) for length in ends}
@@ -83,7 +89,7 @@ def bench(
         if causal is not None and have == ("no" if causal else "always"):
             raise UnsupportedError(mixer.name, f"causal={causal}", f"its causal form is {have!r}")
         form = can_be_causal(mixer.name) if causal is None else causal
-        layers.append(Layer(mixer.name, form, timing.dim, timing.num_heads, timing.batch_size, mixer.options))
+        layers.append(Layer(mixer.name, form, timing.dim, timing.num_heads, timing.batch_size, mixer.options, timing.device))
     found = []
     for mixer, layer in zip(mixers, layers, strict=True):
         started(mixer.label)

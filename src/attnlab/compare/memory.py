@@ -7,6 +7,8 @@ import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import torch
+
 from attnlab.compare.layers import Layer
 from attnlab.compare.timing import Direction, layer_call
 
@@ -21,6 +23,8 @@ def peak_bytes(layer: Layer, tokens: int, direction: Direction, timeout: float =
     Returns:
         None where the operating system does not count, or the process died (memory ran out) or took too long.
     """
+    if torch.device(layer.device).type == "cuda":
+        return _peak_on_cuda(layer, tokens, direction)
     if sys.platform == "win32":
         return None
     # The server imports torch once and never runs it; each measurement is a fork of it, with a peak of its own.
@@ -40,10 +44,20 @@ def peak_bytes(layer: Layer, tokens: int, direction: Direction, timeout: float =
         receiver.close()
 
 
+def _peak_on_cuda(layer: Layer, tokens: int, direction: Direction) -> int:
+    """What torch's allocator gave out at most beyond what it had given before, parameters and inputs included in neither."""
+    run = layer_call(layer, tokens, direction)
+    run()
+    torch.cuda.synchronize(layer.device)
+    torch.cuda.reset_peak_memory_stats(layer.device)
+    before = torch.cuda.memory_allocated(layer.device)
+    run()
+    torch.cuda.synchronize(layer.device)
+    return torch.cuda.max_memory_allocated(layer.device) - before
+
+
 def _measure(sender: Connection, layer: Layer, tokens: int, direction: Direction) -> None:
     import resource
-
-    import torch
 
     torch.set_num_threads(1)  # a thread's own buffers are not the mechanism's memory
     layer_call(layer, WARM_UP_TOKENS, direction)()

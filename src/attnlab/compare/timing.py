@@ -11,10 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
+from scipy import stats
+from torch import Tensor
 
 from attnlab.compare.layers import Layer, build_layer, random_input
 
-Direction = Literal["forward", "training"]
+Direction = Literal["forward", "training", "decode"]
+"""One pass over all tokens without gradients (prefill), the same with gradients, or one more token after them."""
 SHORTEST = 2e-3
 """Seconds that one sample lasts at least: faster calls are repeated within it."""
 
@@ -31,6 +34,8 @@ class PairTimes:
         ratio: median of candidate over baseline.
         ratio_low: first quartile of it.
         ratio_high: third quartile of it.
+        ratio_from: lower end of a 95 % interval of the median ratio.
+        ratio_to: its upper end.
         pairs: how many pairs.
     """
 
@@ -41,6 +46,8 @@ class PairTimes:
     ratio: float
     ratio_low: float
     ratio_high: float
+    ratio_from: float
+    ratio_to: float
     pairs: int
 
     def record(self) -> dict[str, Any]:
@@ -54,6 +61,26 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
+
+
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """The values between which the median lies with probability 0.95 or more, whatever their distribution; with fewer than six,
+    the least and the greatest, which cover it less often."""
+    ordered, count = sorted(values), len(values)
+    outside = int(stats.binom.ppf(0.025, count, 0.5))
+    return ordered[max(0, outside - 1)], ordered[min(count - 1, count - outside)]
+
+
+def clock_of(device: str) -> Callable[[], float]:
+    """Seconds so far, once all that the device was given to do is done."""
+    if torch.device(device).type != "cuda":
+        return time.perf_counter
+
+    def synchronised() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return synchronised
 
 
 def time_pairs(
@@ -92,8 +119,9 @@ def time_pairs(
             ours.append(sample(candidate))
             theirs.append(sample(baseline))
     low, middle, high = quartiles(ours)
-    ratio_low, ratio, ratio_high = quartiles([a / b for a, b in zip(ours, theirs, strict=True)])
-    return PairTimes(middle, low, high, quartiles(theirs)[1], ratio, ratio_low, ratio_high, len(ours))
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    ratio_low, ratio, ratio_high = quartiles(ratios)
+    return PairTimes(middle, low, high, quartiles(theirs)[1], ratio, ratio_low, ratio_high, *median_interval(ratios), len(ours))
 
 
 def _warm_up(function: Callable[[], object], clock: Callable[[], float]) -> int:
@@ -105,9 +133,11 @@ def _warm_up(function: Callable[[], object], clock: Callable[[], float]) -> int:
 
 
 def layer_call(layer: Layer, tokens: int, direction: Direction) -> Callable[[], object]:
-    """A function that runs the layer once: forward without gradients, or forward and backward in training mode."""
+    """A function that runs the layer once: without gradients, forward and backward in training mode, or on one more token."""
     mixer = build_layer(layer, tokens)
     x, grid = random_input(layer, tokens)
+    if direction == "decode":
+        return _decode_call(mixer.eval(), x)
     if direction == "forward":
         mixer.eval()
 
@@ -117,7 +147,7 @@ def layer_call(layer: Layer, tokens: int, direction: Direction) -> Callable[[], 
 
         return forward
     x.requires_grad_()
-    cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.device)
     wanted = [x, *(p for p in mixer.parameters() if p.requires_grad)]
 
     def training() -> object:
@@ -126,13 +156,25 @@ def layer_call(layer: Layer, tokens: int, direction: Direction) -> Callable[[], 
     return training
 
 
+def _decode_call(mixer: Any, x: Tensor) -> Callable[[], object]:
+    """One token after all of ``x``; the state stays as it is, so that every call does the same."""
+    with torch.no_grad():
+        _, state = mixer.extend(x, mixer.init_state(len(x)))
+
+    def decode() -> object:
+        with torch.no_grad():
+            return mixer.extend(x[:, :1], state)[0]
+
+    return decode
+
+
 def time_layer(layer: Layer, tokens: int, direction: Direction, *, seconds: float, pairs: int) -> PairTimes:
     """Time a layer against softmax attention of the same size at one length."""
     ours, theirs = layer_call(layer, tokens, direction), layer_call(layer.baseline, tokens, direction)
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return time_pairs(ours, theirs, seconds=seconds, pairs=pairs)
+        return time_pairs(ours, theirs, seconds=seconds, pairs=pairs, clock=clock_of(layer.device))
     finally:
         if collecting:
             gc.enable()

@@ -48,6 +48,20 @@ def perform(cell: Cell, weights: Callable[[str], bytes], check: Callable[[], Non
     return work(cell.spec, weights, check)
 
 
+def needs(cell: Cell) -> tuple[str, ...]:
+    """Keys of the training cells whose parameters the work of ``cell`` reads."""
+    if cell.kind == "test":
+        return (cell.spec["trained"],)
+    if cell.kind == "train" and cell.spec["backend"] != "auto":
+        return (_counterpart(cell.spec),)
+    return ()
+
+
+def _counterpart(spec: Mapping[str, Any]) -> str:
+    """Key of the same training run by the usual backend, with which the control is compared."""
+    return Cell("train", {**spec, "backend": "auto"}).key
+
+
 def _model(spec: Mapping[str, Any]) -> Any:
     task, mixer = spec["task"], spec["mixer"]
     return build_model(task["name"], task["options"], mixer["name"], mixer["options"], spec["budget"], spec["seed"])
@@ -93,7 +107,7 @@ def _train(spec: Mapping[str, Any], weights: Callable[[str], bytes], check: Call
     # Clones, because tied parameters share memory, which safetensors refuses.
     state = {name: value.detach().clone().contiguous() for name, value in built.model.state_dict().items()}
     if spec["backend"] != "auto":
-        result["distance"] = _distance(state, load(weights(Cell("train", {**spec, "backend": "auto"}).key)))
+        result["distance"] = _distance(state, load(weights(_counterpart(spec))))
     return Done(result, save(state))
 
 
@@ -117,7 +131,7 @@ def _rounding(spec: Mapping[str, Any], weights: Callable[[str], bytes], check: C
 def _timing(spec: Mapping[str, Any], weights: Callable[[str], bytes], check: Callable[[], None]) -> Done:
     mixer, sizes = spec["mixer"], dict(spec["timing"])
     timing = Timing(tuple(sizes.pop("lengths")), tuple(sizes.pop("memory_lengths")), **sizes)
-    layer = Layer(mixer["name"], spec["causal"], timing.dim, timing.num_heads, timing.batch_size, mixer["options"])
+    layer = Layer(mixer["name"], spec["causal"], timing.dim, timing.num_heads, timing.batch_size, mixer["options"], timing.device)
     return Done(measure(layer, timing, check))
 
 

@@ -18,8 +18,9 @@ from attnlab.compare.report import quality, speed, tables, words
 from attnlab.compare.report.palette import Style, mixer_styles
 from attnlab.compare.suites import REFERENCE
 from attnlab.compare.summary import Score, Summary
+from attnlab.compare.timing import Direction
 
-FLAGS = ("streaming", "cross", "pair_mask", "mixing_matrix", "permutation_equivariant")
+INFERENCE: dict[Direction, str] = {"forward": "Forward alone (prefill)", "decode": "One more token (decoding)"}
 VERSUS = {"better": "better than softmax", "worse": "worse than softmax", "cannot tell": "cannot be told from softmax"}
 
 
@@ -85,7 +86,7 @@ def render(summary: Summary, citations: Mapping[str, Citation]) -> str:
         quality=list(_quality_pictures(summary, styles)),
         tradeoffs=list(_tradeoffs(summary, styles)),
         speeds=[(form, list(_speed_pictures(summary, styles, form))) for form in (True, False)],
-        inference=list(_inference_pictures(summary, styles)),
+        inference=[(text, list(_inference_pictures(summary, styles, direction))) for direction, text in INFERENCE.items()],
         training=list(_training_pictures(summary, styles)),
         cards=[_card(summary, name, styles[name], citations) for name in summary.mixers],
         metric_name=words.metric_name,
@@ -135,13 +136,13 @@ def _speed_pictures(summary: Summary, styles: dict[str, Style], causal: bool) ->
             yield Picture.of(f"speed-{name}", name, f"{name}: {crossing.sentence}", figure)
 
 
-def _inference_pictures(summary: Summary, styles: dict[str, Style]) -> Iterator[Picture]:
-    span = speed.common_span(summary, "forward")
+def _inference_pictures(summary: Summary, styles: dict[str, Style], direction: Direction) -> Iterator[Picture]:
+    span = speed.common_span(summary, direction)
     for name, cost in summary.costs.items():
-        crossing = cost.crossover("forward")
+        crossing = cost.crossover(direction)
         if crossing is not None and not _is_baseline(summary, name):
-            figure = speed.time_figure(summary, cost, styles[name], "forward", span)
-            yield Picture.of(f"forward-{name}", name, f"{name}: {crossing.sentence}", figure)
+            figure = speed.time_figure(summary, cost, styles[name], direction, span)
+            yield Picture.of(f"{direction}-{name}", name, f"{name}: {crossing.sentence}", figure)
 
 
 def _training_pictures(summary: Summary, styles: dict[str, Style]) -> Iterator[Picture]:
@@ -181,12 +182,7 @@ def _card(summary: Summary, name: str, style: Style, citations: Mapping[str, Cit
             continue
         text = f"{words.value_text(task, score.interval.mean)} at rate {score.rate:g}, width {score.width}"
         if score.versus is not None:
-            versus = {
-                "better": "better than softmax",
-                "worse": "worse than softmax",
-                "cannot tell": "cannot be told from softmax",
-            }
-            text += f"; {versus[score.versus]}"
+            text += f"; {VERSUS[score.versus]}"
         lines.append((label, text))
     cost = summary.costs.get(name)
     crossing = cost.crossover("training") if cost is not None and not _is_baseline(summary, name) else None

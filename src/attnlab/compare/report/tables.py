@@ -57,6 +57,8 @@ def columns(summary: Summary) -> list[Column]:
             Column("FLOPs", "forward"),
             Column("faster from", "training"),
             Column("faster from", "forward"),
+            Column("growth", "training"),
+            Column("decoding", "tokens/s", True),
         ]
     return found
 
@@ -69,7 +71,8 @@ def columns_note(summary: Summary) -> str:
     return (
         f"Memory is the peak of one layer at {_longest(summary):,} tokens, state what a sequence carries after {last:,}, FLOPs "
         f"those of a layer's matrix products at {last:,}. “Faster from” is the length in tokens from which a layer beats "
-        "softmax attention."
+        "softmax attention, with its 95 % interval where it lies within the measured range; growth is the exponent p of a time "
+        f"that grows as n^p; decoding is how many tokens a second one sequence gains after {last:,}."
     )
 
 
@@ -87,7 +90,7 @@ def baseline_rows(summary: Summary) -> list[list[Entry]]:
             Entry(value_text(task, side[row][1]), notes=(side[row][0].replace("_", " "),)) if row < len(side) else Entry("")
             for task, side in zip(tasks, sides, strict=True)
         ]
-        for row in range(max(map(len, sides)))
+        for row in range(max(map(len, sides), default=0))
     ]
 
 
@@ -126,7 +129,7 @@ def _cost_entries(summary: Summary, name: str) -> list[Entry]:
     cost = summary.costs.get(name)
     if cost is None or not cost.times:
         reason = "not timed" if cost is None else "gate failed"
-        return [Entry(reason, None, kind="absent") for _ in range(5)]
+        return [Entry(reason, None, kind="absent") for _ in range(7)]
     memory = cost.memory["training"].get(_longest(summary))
     last = _last_length(summary)
     state, flops = cost.state.get(last), cost.flops.get(last)
@@ -137,10 +140,12 @@ def _cost_entries(summary: Summary, name: str) -> list[Entry]:
             found.append(Entry("is softmax", None, kind="absent"))
         elif crossing is not None:
             order = crossing.length * {"always": 0.9, "at": 1.0, "never": 1.1}[crossing.where]
-            found.append(Entry(crossing.text, order, kind="absent" if crossing.where == "never" else ""))
+            kind, notes = "absent" if crossing.where == "never" else "", (crossing.interval,) if crossing.interval else ()
+            found.append(Entry(crossing.text, order, notes, kind))
         else:
             found.append(Entry("–"))
-    return found
+    exponent, rate = cost.exponent("training"), cost.throughput("decode", last)
+    return [*found, Entry("–" if exponent is None else f"n^{exponent:.2f}", exponent), Entry(count_text(rate), rate)]
 
 
 def _longest(summary: Summary) -> int:

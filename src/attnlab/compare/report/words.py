@@ -147,7 +147,7 @@ def _against_softmax(summary: Summary) -> list[str]:
     return [
         "Over all tasks and seeds together "
         + ", and ".join(parts)
-        + " (sign-flip test, 5 %, not corrected for the number of tests)."
+        + " (sign-flip test, 5 %, corrected for the number of mechanisms)."
     ]
 
 
@@ -226,6 +226,12 @@ def power_notes(summary: Summary) -> list[str]:
 def limits(summary: Summary) -> Sequence[str]:
     """What this evidence cannot show."""
     seeds = int(summary.facts["suite"]["seeds"])
+    costs = [
+        "Layer times are of this machine, in float32, and of these implementations; a mechanism may have faster kernels "
+        "elsewhere."
+    ]
+    if not summary.tasks:
+        return [*costs, "Nothing was trained: speed says nothing of quality."]
     rates = len(next(iter(summary.tasks.values())).budget["learning_rates"])
     freedom = " with one degree of freedom, and therefore wide" if seeds == 2 else ""
     edge = at_the_edge(summary)
@@ -240,8 +246,7 @@ def limits(summary: Summary) -> Sequence[str]:
         "Ranks are corrected for the number of pairs of a task, comparisons with softmax attention for all of the run (Holm): "
         "one wrong statement among them all has a chance of at most 5 %.",
         "Small models, short training, short sequences: what holds here need not hold at scale.",
-        "Layer times are of this machine, in float32, and of these implementations; a mechanism may have faster kernels "
-        "elsewhere.",
+        *costs,
         "Training is counted in processor time of whole runs at the sizes of the tasks, most of which is not the mixer; layer "
         "times are measured in pairs, in which what else the machine does cancels.",
     ]

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
+
 from attnlab.core.catalog import mixers as mixer_registry
 from attnlab.core.errors import UnknownNameError, nearest
 from attnlab.core.registry import Registry
@@ -75,6 +77,7 @@ class Timing:
         pairs: least number of pairs (mixer, softmax) measured all the same.
         threads: torch's threads meanwhile. One is steady on a machine that does other work too: with more, each operation waits
             for the slowest of them, and mechanisms of many small operations look slower than they are.
+        device: "cpu", or "cuda", whose work is waited for before the clock is read.
     """
 
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
@@ -85,8 +88,13 @@ class Timing:
     seconds: float = 0.4
     pairs: int = 3
     threads: int = 1
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
+        if self.device.split(":")[0] not in ("cpu", "cuda"):
+            raise ValueError(f"timing device: expected 'cpu' or 'cuda', got {self.device!r}")
+        if self.device != "cpu" and not torch.cuda.is_available():
+            raise ValueError(f"timing device: expected 'cpu', as this machine has no CUDA device, got {self.device!r}")
         if any(length < 1 for length in self.lengths) or list(self.lengths) != sorted(set(self.lengths)):
             raise ValueError(f"timing lengths: expected positive integers in rising order, got {list(self.lengths)}")
         if not set(self.memory_lengths) <= set(self.lengths):
@@ -104,7 +112,7 @@ class Suite:
 
     Args:
         name: names its output folder.
-        tasks: what is learnt.
+        tasks: what is learnt; may be empty where ``timing`` is given.
         mixers: what is compared.
         summary: one sentence.
         seeds: runs of each mixer on each task at its best rate; seeds count from 0.
@@ -129,7 +137,7 @@ class Suite:
 
     def __post_init__(self) -> None:
         for what, names in (("tasks", [t.label for t in self.tasks]), ("mixers", [m.label for m in self.mixers])):
-            if not names:
+            if not names and not (what == "tasks" and self.timing is not None):
                 raise ValueError(f"suite {self.name!r}: {what}: expected at least one")
             if repeated := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(
