@@ -33,6 +33,46 @@ def test_eager_equals_the_formula(n, m) -> None:
     assert_equal_in_float64(run("eager"), run("reference"), *_inputs(n, m), torch.randn(1, 3, n, m))
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (37, 37), (300, 300), (5, 9), (300, 20)])
+def test_causal_with_masked_keys_equals_the_formula(n, m, masked, allowed) -> None:
+    key_mask = None
+    if masked:
+        key_mask = torch.rand(2, m) > 0.4
+        key_mask[0, : m // 2] = False
+    pairs = torch.rand(1, 1, n, m) > 0.1 if allowed else None
+
+    def run(backend):
+        def function(q, k, v):
+            options = {"causal": True, "key_mask": key_mask, "allowed": pairs, "scale": 0.3}
+            output, lse = partial_attention(q, k, v, backend=backend, **options)
+            return output, lse.masked_fill(lse == float("-inf"), 0.0)
+
+        return function
+
+    q, k, v = _inputs(n, m)
+    assert_equal_in_float64(run("eager"), run("reference"), q, k, v)
+    assert_equal_in_float64(run("eager"), run("reference"), q, k, v[..., :3])
+
+
+def test_causal_queries_without_a_key_are_empty_and_masked_keys_have_no_influence() -> None:
+    q, k, v = _inputs(8, 8)
+    key_mask = torch.arange(8).expand(2, -1) >= torch.tensor([[3], [0]])
+    part = partial_attention(q, k, v, causal=True, key_mask=key_mask)
+    k[0, :, :3] = float("nan")
+    v[0, :, :3] = float("inf")
+    other = partial_attention(q, k, v, causal=True, key_mask=key_mask)
+    assert torch.equal(part.output, other.output)
+    assert (other.output[0, :, :3] == 0).all()
+    assert (other.lse[0, :, :3] == float("-inf")).all()
+    assert other.lse[0, :, 3:].isfinite().all()
+    q.requires_grad_()
+    merge(part, partial_attention(q, k, v, causal=True, key_mask=key_mask)).output.sum().backward()
+    assert q.grad is not None
+    assert q.grad.isfinite().all()
+
+
 @settings(max_examples=25)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=5), st.randoms(use_true_random=False))
 def test_any_split_in_any_order_is_one_softmax(sizes, random) -> None:
@@ -68,11 +108,15 @@ def test_merge_is_differentiable_and_neutral() -> None:
 def test_lse_in_float32_for_half_precision() -> None:
     q, k, v = (x.bfloat16() for x in _inputs())
     part = partial_attention(q, k, v)
-    assert part.lse.dtype == torch.float32
-    assert part.output.dtype == torch.bfloat16
+    causal = partial_attention(*(x[:, :, :5] for x in (q, k, v)), causal=True)
+    for found in (part, causal):
+        assert found.lse.dtype == torch.float32
+        assert found.output.dtype == torch.bfloat16
 
 
 def test_bad_shapes() -> None:
     q, k, v = _inputs()
     with pytest.raises(ValueError, match="expected"):
         partial_attention(q, k[:, :2], v)
+    with pytest.raises(ValueError, match="key_mask: expected"):
+        partial_attention(q, k, v, key_mask=torch.ones(2, 5, dtype=torch.bool))

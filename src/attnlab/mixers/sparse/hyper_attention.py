@@ -18,10 +18,10 @@ from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
 from attnlab.mixers.parts.first_real import from_first_real
-from attnlab.mixers.parts.selection import sequence_blocks
 from attnlab.mixers.sparse.angular_lsh import AngularLSH
 from attnlab.mixers.sparse.hyper_tiles import Side, hyper_tiles, to_tokens
 from attnlab.ops.attention import attention
+from attnlab.ops.partial_attention import partial_attention
 from attnlab.ops.partials import Partial, merge
 from attnlab.ops.tile_attention import tile_attention
 
@@ -31,8 +31,6 @@ UNIT = 2**31
 """Samples are drawn below it."""
 STEP = 1327217885
 """The golden ratio's share of it, by which samples move from half to half; products of both with a length fit in 64 bits."""
-LEAF_QUERIES = 128
-"""Queries of a tile inside of a leaf, at most."""
 
 
 @mixers.register(
@@ -208,14 +206,15 @@ class HyperAttention(AttentionMixer):
         return found
 
     def _leaves(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Partial:
-        """Exact attention in each leaf."""
-        n, width = q.shape[2], min(self.min_exact, LEAF_QUERIES)
-        keys = sequence_blocks(n, self.min_exact).to(q.device)
-        queries = F.pad(keys, (0, -self.min_exact % width), value=-1).view(1, 1, -1, width)
-        keys = keys.repeat_interleave(queries.shape[2] // len(keys), dim=0)[None, None]
-        return to_tokens(
-            tile_attention(q, k, v, queries, keys, causal=True, key_mask=masks.key), queries.expand(*q.shape[:2], -1, -1), n
-        )
+        """Exact attention in each leaf; the last one may be shorter."""
+        n, size = q.shape[2], self.min_exact
+        whole = n - n % size
+        found = []
+        for start, stop, length in ((0, whole, size), (whole, n, n - whole)):
+            if start < stop:
+                mask = None if masks.key is None else masks.key[:, start:stop]
+                found.append(_in_leaves(q[:, :, start:stop], k[:, :, start:stop], v[:, :, start:stop], mask, length))
+        return found[0] if len(found) == 1 else Partial(*(torch.cat(part, dim=2) for part in zip(*found, strict=True)))
 
     def _part(self, q: Tensor, k: Tensor, v: Tensor, queries: Side, keys: Side, ranks: Tensor | None, join: Join) -> Partial:
         """Attention of these queries to these keys, block by block and by samples."""
@@ -247,6 +246,20 @@ class HyperAttention(AttentionMixer):
             both = join(near, far)
             found = Partial(both.output.view_as(found.output), both.lse.view_as(found.lse))
         return to_tokens(found, tiles.queries, q.shape[2])
+
+
+def _in_leaves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, length: int) -> Partial:
+    """Causal attention in leaves of ``length`` tokens, which are examples of a batch, as the heads of a group are."""
+    b, heads, group = len(q), k.shape[1], q.shape[1] // k.shape[1]
+    q, k, v = (x.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    mask = None if mask is None else mask.unflatten(1, (-1, length)).flatten(0, 1)
+    if group > 1:
+        q = q.unflatten(1, (heads, group)).flatten(0, 1)
+        k, v = (x.flatten(0, 1).unsqueeze(1).expand(-1, group, -1, -1) for x in (k, v))
+        mask = None if mask is None else mask.repeat_interleave(heads, dim=0)
+    output, lse = partial_attention(q, k, v, causal=True, key_mask=mask)
+    output, lse = (x.reshape(b, -1, heads * group, *x.shape[2:]).transpose(1, 2).flatten(2, 3) for x in (output, lse))
+    return Partial(output, lse)
 
 
 def _half(x: Shaped[Tensor, "*s n"], pairs: int, size: int, which: int) -> Shaped[Tensor, "*s p size"]:

@@ -29,6 +29,8 @@ def partial_attention(
     scale: float | None = None,
     bias: Float[Tensor, "#b #h #n #m"] | None = None,
     allowed: Bool[Tensor, "#b #h #n #m"] | None = None,
+    causal: bool = False,
+    key_mask: Bool[Tensor, "b m"] | None = None,
     backend: str = "auto",
 ) -> Partial:
     """Softmax attention over these keys, with what is needed to merge it with attention over others.
@@ -40,6 +42,9 @@ def partial_attention(
         scale: factor of the products; by default d ** -0.5.
         bias: added to the scaled products, broadcastable to (b, h, n, m).
         allowed: True where a query may use a key, broadcastable likewise.
+        causal: key j is allowed for query i if j <= i + m - n. Pairs of the future take no work; as many queries as keys and
+            neither ``bias`` nor ``allowed`` are fastest on a CPU.
+        key_mask: True marks a key that may be used.
         backend: "auto", "reference" or "eager".
 
     Raises:
@@ -48,6 +53,9 @@ def partial_attention(
     if q.dim() != 4 or k.shape[:3] != v.shape[:3] or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k, v: expected (b, h, n, d), (b, h, m, d), (b, h, m, e), got {shapes}")
+    if key_mask is not None and key_mask.shape != (k.shape[0], k.shape[2]):
+        raise ValueError(f"key_mask: expected shape {(k.shape[0], k.shape[2])} to fit k, got {tuple(key_mask.shape)}")
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return Partial(*PARTIAL_ATTENTION(backend, q)(q, k, v, scale=scale, bias=bias, allowed=allowed))
+    function = PARTIAL_ATTENTION(backend, q)
+    return Partial(*function(q, k, v, scale=scale, bias=bias, allowed=allowed, causal=causal, key_mask=key_mask))

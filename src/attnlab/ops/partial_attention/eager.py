@@ -7,7 +7,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from attnlab.core.masks import allowed_pairs
 from attnlab.ops.backends import accumulate_dtype
+from attnlab.ops.chunks import common_dtype
+from attnlab.ops.partial_attention.causal import forward as flash
 
 _BLOCK = 256
 
@@ -20,16 +23,33 @@ def partial_attention(
     scale: float,
     bias: Float[Tensor, "#b #h #n #m"] | None,
     allowed: Bool[Tensor, "#b #h #n #m"] | None,
+    causal: bool = False,
+    key_mask: Bool[Tensor, "b m"] | None = None,
 ) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h n"]]:
     """The fast path; see `attnlab.ops.partial_attention.partial_attention`."""
-    n = q.shape[2]
-    if k.shape[2] == 0:
-        wide = accumulate_dtype(q.dtype)
-        return v.new_zeros((*q.shape[:3], v.shape[3])), q.new_full(q.shape[:3], float("-inf"), dtype=wide)
+    n, m = q.shape[2], k.shape[2]
+    if 0 in (n, m):
+        return _nothing(q, v)
+    if causal and n == m and bias is None and allowed is None and q.device.type == "cpu":
+        return flash(*common_dtype(q=q, k=k, v=v), key_mask, scale)
     outputs, lses = [], []
     for start in range(0, n, _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        block = (q[:, :, rows], k, v, _rows(bias, rows), _rows(allowed, rows), scale)
+        rows = slice(start, min(start + _BLOCK, n))
+        reach = max(0, rows.stop + m - n) if causal else m
+        if reach == 0:
+            output, lse = _nothing(q[:, :, rows], v)
+            outputs.append(output)
+            lses.append(lse)
+            continue
+        pairs = allowed_pairs(
+            rows.stop - start,
+            reach,
+            causal=causal,
+            key_mask=None if key_mask is None else key_mask[:, :reach],
+            pair_mask=_cut(allowed, rows, reach),
+            device=q.device,
+        )
+        block = (q[:, :, rows], k[:, :, :reach], v[:, :, :reach], _cut(bias, rows, reach), pairs, scale)
         if n <= _BLOCK or not torch.is_grad_enabled():
             output, lse = _block(*block)
         else:
@@ -39,8 +59,16 @@ def partial_attention(
     return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)
 
 
-def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
-    return x if x is None or x.shape[2] == 1 else x[:, :, rows]
+def _nothing(q: Float[Tensor, "b h n d"], v: Float[Tensor, "b h m e"]) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h n"]]:
+    """What queries without a key have."""
+    return v.new_zeros((*q.shape[:3], v.shape[3])), q.new_full(q.shape[:3], float("-inf"), dtype=accumulate_dtype(q.dtype))
+
+
+def _cut(x: Tensor | None, rows: slice, reach: int) -> Tensor | None:
+    """What a tensor over pairs says of these queries and the first ``reach`` keys."""
+    if x is None:
+        return None
+    return x[:, :, slice(None) if x.shape[2] == 1 else rows, :reach]
 
 
 def _block(

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from attnlab.core.masks import allowed_pairs
 from attnlab.ops.backends import accumulate_dtype
 
 
@@ -17,12 +18,15 @@ def partial_attention(
     scale: float,
     bias: Float[Tensor, "#b #h #n #m"] | None,
     allowed: Bool[Tensor, "#b #h #n #m"] | None,
+    causal: bool = False,
+    key_mask: Bool[Tensor, "b m"] | None = None,
 ) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h n"]]:
     """The oracle; see `attnlab.ops.partial_attention.partial_attention`."""
     wide = accumulate_dtype(q.dtype)
     logits = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
     if bias is not None:
         logits = logits + bias.to(wide)
+    allowed = allowed_pairs(q.shape[2], k.shape[2], causal=causal, key_mask=key_mask, pair_mask=allowed, device=q.device)
     if allowed is not None:
         logits = logits.masked_fill(~allowed, float("-inf"))
     empty = (logits == float("-inf")).all(dim=-1)
