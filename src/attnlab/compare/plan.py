@@ -84,7 +84,8 @@ class PlannedTask:
 def plan_task(suite: Suite, choice: TaskChoice) -> PlannedTask:
     """Load a task and settle its budget."""
     task = load_task(choice.name, choice.options)
-    budget: Budget = replace(task.default_budget, **choice.budget)
+    matched = {} if suite.match is None else {"match": suite.match}
+    budget: Budget = replace(task.default_budget, **{**matched, **choice.budget})
     rates = suite.learning_rates or tuple(float(rate) for rate in budget.learning_rates)
     count = sum(len(batch) for batch in task.eval_batches(256, "test"))
     return PlannedTask(
@@ -221,7 +222,8 @@ def why_not(task: PlannedTask, mixer: MixerChoice) -> str | None:
     except UnsupportedError as error:
         return str(error)
     except ValueError as error:
-        return f"no model of {task.budget['parameters']:,} parameters: {error}"
+        amount = "parameters" if task.budget["match"] == "parameters" else "parameters' work"
+        return f"no model of {task.budget['parameters']:,} {amount}: {error}"
     return None
 
 
@@ -233,6 +235,8 @@ def build_model(
         load_task(task, task_options),
         mixer,
         mixer_options=dict(options),
+        model_options=budget["model"],
+        match=budget["match"],
         parameters=budget["parameters"],
         depth=budget["depth"],
         num_heads=budget["num_heads"],

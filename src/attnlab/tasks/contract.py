@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attnlab.core.info import Info
 
+Match = Literal["parameters", "compute"]
 IGNORE = -100
 """The target that takes no part in loss and metrics."""
 
@@ -91,6 +92,9 @@ class Budget:
         num_heads: heads of every mixer that has some; the width is a multiple of it.
         weight_decay: AdamW's, on matrices alone.
         warmup: share of the steps over which the rate rises linearly.
+        match: what models of different mixers have as much of: "parameters", or "compute", the operations an example of the
+            softmax model of that many parameters.
+        model: options of the reference model that differ from the task's.
     """
 
     steps: int
@@ -101,6 +105,8 @@ class Budget:
     num_heads: int
     weight_decay: float = 0.01
     warmup: float = 0.1
+    match: Match = "parameters"
+    model: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Task(ABC):

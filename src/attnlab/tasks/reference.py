@@ -1,16 +1,19 @@
-"""The reference model of a task: everything fixed but the mixer, at a parameter budget."""
+"""The reference model of a task: everything fixed but the mixer, at a budget of parameters or of work."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from attnlab.models import Matched, count_parameters, create_model, match_budget
-from attnlab.tasks.contract import Task
+from attnlab.models.budget import Size
+from attnlab.models.flops import count_flops
+from attnlab.tasks.contract import Match, Task
 
 
 def reference_model(
@@ -18,6 +21,8 @@ def reference_model(
     mixer: str,
     *,
     mixer_options: Mapping[str, Any] | None = None,
+    model_options: Mapping[str, Any] | None = None,
+    match: str = "parameters",
     parameters: int | None = None,
     dim: int | None = None,
     depth: int | None = None,
@@ -33,41 +38,63 @@ def reference_model(
         task: gives the kind of model, its options, and the defaults of the sizes below.
         mixer: a registered mixer.
         mixer_options: its own options.
+        model_options: laid over those of the task.
+        match: "parameters": as many of them as ``parameters`` says; "compute": as many floating-point operations of products
+            and convolutions an example as the model of that size with softmax attention (element-wise work is not counted).
         parameters: to be met within ``tolerance`` by the width (a multiple of twice the heads) and the channel mixer's.
         dim: a width to take as it is instead; then ``parameters`` must be None.
         depth: blocks.
         num_heads: heads.
         seed: of the initial parameters; torch's own generator is left as it was.
-        tolerance: allowed relative error of the parameter count.
+        tolerance: allowed relative error of the parameter count, or of the operations.
         device: where the model is put; its parameters are drawn on the CPU, the same for every device.
         dtype: of its parameters.
 
     Raises:
         UnsupportedError: if the mixer cannot be what the task's model needs.
-        ValueError: if no width meets the budget, or both ``dim`` and ``parameters`` are given.
+        ValueError: if no width meets the budget, for an unknown ``match``, or if both ``dim`` and ``parameters`` are given.
     """
+    if match not in get_args(Match):
+        raise ValueError(f"match: expected one of {get_args(Match)}, got {match!r}")
     if dim is not None and parameters is not None:
         raise ValueError(f"dim, parameters: expected one of them, got {dim} and {parameters}")
     budget = task.default_budget
     num_heads = budget.num_heads if num_heads is None else num_heads
     common = {
         **task.model_options,
-        "mixer": mixer,
-        "mixer_options": mixer_options,
+        **(model_options or {}),
         "depth": budget.depth if depth is None else depth,
         "num_heads": num_heads,
     }
 
-    def build(width: int, hidden: int | None = None) -> nn.Module:
-        own = {} if hidden is None else {"channel_options": {**common.get("channel_options", {}), "hidden": hidden}}
-        return create_model(task.model, **{**common, **own, "dim": width, "dtype": dtype})
+    candidate = {"mixer": mixer, "mixer_options": mixer_options}
 
-    if dim is None:
-        target = budget.parameters if parameters is None else parameters
-        match = match_budget(build, target, multiple_of=2 * num_heads, tolerance=tolerance, fine=build)
-    else:
-        match = Matched(dim, None, 0, 0.0)
+    def build(width: int, hidden: int | None = None, chosen: Mapping[str, Any] = candidate) -> nn.Module:
+        own = {} if hidden is None else {"channel_options": {**common.get("channel_options", {}), "hidden": hidden}}
+        return create_model(task.model, **{**common, **own, **chosen, "dim": width, "dtype": dtype})
+
+    found, target = Matched(dim or 0, None, 0, 0.0), parameters or budget.parameters
+    if dim is None and match == "parameters":
+        found = match_budget(build, target, multiple_of=2 * num_heads, tolerance=tolerance, fine=build)
+    elif dim is None:
+        work = _work(task)
+        softmax = partial(build, chosen={"mixer": "softmax"})
+        size = match_budget(softmax, target, multiple_of=2 * num_heads, tolerance=tolerance, fine=softmax)
+        target = work.of(lambda: softmax(size.width, size.hidden))
+        found = match_budget(build, target, multiple_of=2 * num_heads, tolerance=tolerance, fine=build, size=work)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = build(match.width, match.hidden).to(device)
-    return replace(match, parameters=count_parameters(model), model=model)
+        model = build(found.width, found.hidden).to(device)
+    return replace(found, parameters=count_parameters(model), model=model)
+
+
+def _work(task: Task) -> Size:
+    """Operations on one example of the task, forward."""
+    batch = next(task.eval_batches(1))
+
+    def of(build: Callable[[], nn.Module]) -> int:
+        with torch.random.fork_rng(devices=[]):
+            model = build().eval()
+            return count_flops(lambda: batch.through(model))
+
+    return Size("operations an example", of)

@@ -59,7 +59,7 @@ def parse_suite(data: Mapping[str, Any], name: str) -> Suite:
     rest = {key: value for key, value in data.items() if key not in ("tasks", "mixers", "timing")}
     if "learning_rates" in rest:
         rest["learning_rates"] = numbers("learning_rates", rest["learning_rates"])
-    for key, kind in (("seeds", int), ("workers", int), ("control", bool), ("summary", str), ("name", str)):
+    for key, kind in (("seeds", int), ("workers", int), ("control", bool), ("summary", str), ("name", str), ("match", str)):
         if key in rest and type(rest[key]) is not kind:
             raise TypeError(f"{key}: expected {kind.__name__}, got {rest[key]!r}")
     return Suite(
@@ -114,6 +114,7 @@ def select(
     tasks: Sequence[str] | None = None,
     seeds: int | None = None,
     learning_rates: Sequence[float] | None = None,
+    match: str | None = None,
     timing: bool = True,
     workers: int | None = None,
 ) -> Suite:
@@ -125,6 +126,7 @@ def select(
         tasks: labels of the suite's entries, or names of registered tasks, which then have their defaults.
         seeds: number of seeds.
         learning_rates: rates of the sweep.
+        match: "parameters" or "compute".
         timing: False leaves timing out.
         workers: processes that train.
     """
@@ -141,6 +143,8 @@ def select(
         changes["seeds"] = seeds
     if workers is not None:
         changes["workers"] = workers
+    if match is not None:
+        changes["match"] = match
     if learning_rates is not None:
         changes["learning_rates"] = tuple(learning_rates)
     if not timing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -12,6 +12,7 @@ from attnlab.core.catalog import mixers as mixer_registry
 from attnlab.core.errors import UnknownNameError, nearest
 from attnlab.core.registry import Registry
 from attnlab.tasks import Budget
+from attnlab.tasks.contract import Match
 from attnlab.tasks.registry import tasks as task_registry
 
 REFERENCE = "softmax"
@@ -117,6 +118,7 @@ class Suite:
         summary: one sentence.
         seeds: runs of each mixer on each task at its best rate; seeds count from 0.
         learning_rates: rates of the sweep at seed 0 on every task; None takes each task's own.
+        match: what models have as much of on every task, "parameters" or "compute"; None takes each task's own.
         timing: None measures no speed.
         control: train softmax through a second backend as well, which must tie.
         workers: processes that train, one thread each, no more than there are cores; 0 trains in the calling process.
@@ -131,6 +133,7 @@ class Suite:
     summary: str = ""
     seeds: int = 2
     learning_rates: tuple[float, ...] | None = None
+    match: str | None = None
     timing: Timing | None = None
     control: bool = True
     workers: int = 0
@@ -148,6 +151,8 @@ class Suite:
                 raise ValueError(f"suite {self.name!r}: {what}: expected at least {least}, got {number}")
         if self.learning_rates is not None and (not self.learning_rates or min(self.learning_rates) <= 0):
             raise ValueError(f"suite {self.name!r}: learning_rates: expected positive numbers, got {list(self.learning_rates)}")
+        if self.match not in (None, *get_args(Match)):
+            raise ValueError(f"suite {self.name!r}: match: expected one of {get_args(Match)}, got {self.match!r}")
         labels = [mixer.label for mixer in self.mixers]
         for task in self.tasks:
             check_keys(f"mixer_options of task {task.label!r}", task.mixer_options, labels)
