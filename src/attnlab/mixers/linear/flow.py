@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -17,28 +15,15 @@ from attnlab.core.masks import Masks
 from attnlab.core.state import State
 from attnlab.core.streaming import StreamingMixer
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
-from attnlab.mixers.linear.core import real_only, running_sum
+from attnlab.mixers.linear.core import real_only
 from attnlab.mixers.parts.features import feature_map as named_map
 from attnlab.ops.backends import accumulate_dtype
 from attnlab.ops.chunks import full_precision
+from attnlab.ops.flow_attention import Flows, FlowSums, flow_attention
 from attnlab.ops.linear_attention import linear_attention
 
 _MAPS = ("sigmoid", "relu", "squared_relu", "elu", "softplus", "exp", "softmax")
-_SUMS = ("keys", "queries", "sources", "sinks", "competition")
-
-
-class Flows(NamedTuple):
-    r"""Weighted sides of the flow map $R_i = \hat q_i^\top \sum_j \hat k_j v_j^\top$, and the sums that a stream goes on from.
-
-    Args:
-        q: queries times allocation and reciprocal inflow.
-        k: keys times competition.
-        after: what a stream keeps, all but the products.
-    """
-
-    q: Float[Tensor, "b h n d"]
-    k: Float[Tensor, "b h m d"]
-    after: dict[str, Tensor]
+_SUMS = ("keys", "queries", "sources", "sinks")
 
 
 @mixers.register(
@@ -70,10 +55,11 @@ class FlowAttention(AttentionMixer, StreamingMixer):
     $$o_i = \sigma\Big(\frac{n}{m} \hat I_i\Big) \frac{Q_i^\top}{f I_i} \sum_j K_j\, c_j\, v_j^\top, \qquad
       c_j = m\, \frac{e^{\hat O_j}}{\sum_l e^{\hat O_l}}, \quad \hat O \text{ cut to } [-1, 1]$$
 
-    for n queries and m keys. Where causal every sum runs up to the current token, whichever side it is on, f is the number of
-    tokens so far, m the same in $c_j$, and n / m is left out: what competes with source j came before it, and $c_j$ is not
-    computed anew for later queries. Time O(n d^2), memory O(n d). State: sums of keys, queries, keys over outflows ("sources"),
-    queries over inflows ("sinks"), competition, and products ("sum" (b, h, d, d)), and the number of tokens.
+    for n queries and m keys. Where causal (`attnlab.ops.flow_attention`) every sum runs up to the current token, whichever side
+    it is on, f is the number of tokens so far, m the same in $c_j$, and n / m is left out: what competes with source j came
+    before it, and $c_j$ is not computed anew for later queries. Time O(n d^2), memory O(n d). State: sums of keys, queries, keys
+    over outflows ("sources"), queries over inflows ("sinks"), competition, and products ("sum" (b, h, d, d)), and the number of
+    tokens.
 
     A source's outflow depends on the queries before it, so that pieces cannot be summed up apart.
 
@@ -119,69 +105,80 @@ class FlowAttention(AttentionMixer, StreamingMixer):
         grid: Grid | None,
     ) -> Float[Tensor, "b h n e"]:
         """The flow map on the values."""
-        flows = self.flows(q, k, masks)
-        return linear_attention(flows.q, flows.k, v, causal=self.causal)[0].to(v.dtype)
+        q, k = self._features_of(q, k)
+        if self.causal:
+            return self._run(q, k, v, masks.key)[0].to(v.dtype)
+        q, k = self._weighed(q, k, masks)
+        return linear_attention(q, k, v, causal=False)[0].to(v.dtype)
 
     def begin(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         """No flow yet."""
         h, d, wide = self.num_heads, self.head_dim, accumulate_dtype(dtype)
-        widths = {name: (1,) if name == "competition" else (d,) for name in _SUMS}
-        state = {
-            name: torch.zeros(batch_size, h, *width, device=device, dtype=wide)
-            for name, width in {**widths, "sum": (d, d)}.items()
-        }
+        widths = {"sum": (d, d), "competition": (1,), **dict.fromkeys(_SUMS, (d,))}
+        state = {name: torch.zeros(batch_size, h, *width, device=device, dtype=wide) for name, width in widths.items()}
         return State({**state, "number": torch.zeros(batch_size, device=device, dtype=torch.int64)})
 
     def advance(
         self, x: Float[Tensor, "b n c"], state: State, *, mask: Bool[Tensor, "b n"] | None
     ) -> tuple[Float[Tensor, "b n c"], State]:
-        """Add the new tokens to the sums, one depending on the other, and read."""
+        """Go on from the sums."""
         q, k, v = self.project(x)
-        flows = self.flows(q, k, Masks(mask, mask), state)
-        heads, total = linear_attention(flows.q, flows.k, v, initial_state=state["sum"])
-        return self.join(heads.to(v.dtype), x, mask), State({**flows.after, "sum": total})
+        q, k = self._features_of(q, k)
+        sums = {name: state[name] for name in _SUMS}
+        initial = FlowSums(state["sum"], **sums, competition=state["competition"].squeeze(-1), number=state["number"])
+        heads, _, after = self._run(q, k, v, mask, initial)
+        found = {name: getattr(after, name) for name in (*_SUMS, "number")}
+        last = State({"sum": after.products, "competition": after.competition.unsqueeze(-1), **found})
+        return self.join(heads.to(v.dtype), x, mask), last
 
     def recurrence(self, x: Float[Tensor, "b n c"], mask: Bool[Tensor, "b n"] | None) -> Dynamics:
         """Nothing decays; the weighted keys enter and the weighted queries read."""
-        q, k, _ = self.project(x)
-        flows = self.flows(q, k, Masks(mask, mask))
-        return Dynamics(torch.ones_like(flows.k), flows.k, flows.q)
+        q, k, v = self.project(x)
+        q, k = self._features_of(q, k)
+        _, flows, _ = self._run(q, k, v, mask)
+        number = torch.ones_like(q[:, 0, :, 0]).cumsum(1) if mask is None else mask.to(q.dtype).cumsum(1).clamp(min=1.0)
+        reading = flows.allocation / (flows.inflow * number[:, None])
+        weighed = k * flows.competition.unsqueeze(-1)
+        return Dynamics(torch.ones_like(weighed), weighed, real_only(q * reading.unsqueeze(-1), mask))
+
+    def _features_of(self, q: Tensor, k: Tensor) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h m d"]]:
+        """Features in float32 or wider."""
+        wide = accumulate_dtype(q.dtype)
+        return self.features(q.to(wide)), self.features(k.to(wide))
+
+    def _run(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "b n"] | None, initial: FlowSums | None = None
+    ) -> tuple[Float[Tensor, "b h n e"], Flows, FlowSums]:
+        """The causal form, with what it tells of itself."""
+        heads, flows, after = flow_attention(q, k, v, eps=self.eps, mask=mask, initial=initial)
+        self.emit("allocation", flows.allocation)
+        self.emit("competition", flows.competition)
+        return heads, flows, after
 
     @full_precision
-    def flows(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], masks: Masks, state: State | None = None) -> Flows:
-        """Both sides of the map, in float32 or wider."""
-        wide = accumulate_dtype(q.dtype)
-        q, k = real_only(self.features(q.to(wide)), masks.query), real_only(self.features(k.to(wide)), masks.key)
-        queries, keys = (self._numbers(x, mask, state) for x, mask in ((q, masks.query), (k, masks.key)))
-        after: dict[str, Tensor] = {}
-
-        def total(name: str, x: Tensor) -> Tensor:
-            found = running_sum(x, None if state is None else state[name].to(wide), causal=self.causal)
-            after[name] = found[:, :, -1]
-            return found
-
-        n, m = (number.clamp(min=1).to(wide)[:, None, :, None] for number in (queries, keys))
-        f = m if self.causal else torch.ones_like(m)
-        inflow = self._product(q, total("keys", k)) / f
-        outflow = self._product(k, total("queries", q)) / f
-        conserved_in = self._product(q, total("sources", k / outflow)) / f
-        conserved_out = self._product(k, total("sinks", q / inflow)) / f
-        allocation = torch.sigmoid(conserved_in if self.causal else conserved_in * (n / m))
+    def _weighed(
+        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], masks: Masks
+    ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h m d"]]:
+        """Queries times allocation over inflow, keys times competition, where every sum is over all tokens."""
+        q, k = real_only(q, masks.query), real_only(k, masks.key)
+        n, m = (self._numbers(x, mask) for x, mask in ((q, masks.query), (k, masks.key)))
+        inflow, outflow = self._product(q, k), self._product(k, q)
+        conserved_in, conserved_out = self._product(q, k / outflow), self._product(k, q / inflow)
+        allocation = torch.sigmoid(conserved_in * (n / m))
         strength = real_only(conserved_out.clamp(-1.0, 1.0).exp(), masks.key)
-        rivals = total("competition", strength)
+        rivals = strength.sum(2, keepdim=True)
         competition = strength / rivals.masked_fill(rivals == 0, 1.0) * m
         self.emit("allocation", allocation.squeeze(-1))
         self.emit("competition", competition.squeeze(-1))
-        return Flows(q * (allocation / (inflow * f)), k * competition, {**after, "number": keys[:, -1]})
+        return q * (allocation / inflow), k * competition
 
-    def _numbers(self, x: Tensor, mask: Bool[Tensor, "b n"] | None, state: State | None) -> Int[Tensor, "b #n"]:
-        """How many real tokens there are up to each, or in all."""
-        real = torch.ones(x.shape[0], x.shape[2], device=x.device, dtype=torch.int64) if mask is None else mask.long()
-        number = real.cumsum(1) if self.causal else real.sum(1, keepdim=True)
-        return number if state is None else number + state["number"][:, None]
+    def _numbers(self, x: Tensor, mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b 1 1 1"]:
+        """How many real tokens there are, at least 1."""
+        if mask is None:
+            return x.new_full((x.shape[0], 1, 1, 1), float(x.shape[2]))
+        return mask.sum(1).clamp(min=1).to(x.dtype)[:, None, None, None]
 
-    def _product(self, a: Float[Tensor, "b h n d"], total: Float[Tensor, "b h #n d"]) -> Float[Tensor, "b h n 1"]:
-        r"""$(a + \epsilon)^\top (t + \epsilon)$ for each token's sum t, or the one of all."""
-        total = total + self.eps
-        product = a @ total.mT if total.shape[2] == 1 else (a * total).sum(-1, keepdim=True)
-        return product + self.eps * total.sum(-1, keepdim=True)
+    def _product(self, a: Float[Tensor, "b h n d"], of: Float[Tensor, "b h m d"]) -> Float[Tensor, "b h n 1"]:
+        r"""$(a + \epsilon)^\top (t + \epsilon)$ for each a and the sum t of the others."""
+        total = of.sum(2, keepdim=True) + self.eps
+        return a @ total.mT + self.eps * total.sum(-1, keepdim=True)
