@@ -1,0 +1,1 @@
+"""Answers that are positions of the input: orders, hulls, triangulations and tours."""
