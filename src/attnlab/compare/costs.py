@@ -46,8 +46,8 @@ class LayerCosts:
         times = self.times.get(direction)
         if not times:
             return None
-        ratios = ([float(record[key]) for record in times.values()] for key in ("ratio", "ratio_from", "ratio_to"))
-        return with_interval(list(times), *ratios)
+        ratios, low, high = ([float(record[key]) for record in times.values()] for key in ("ratio", "ratio_from", "ratio_to"))
+        return with_interval(list(times), ratios, low, high)
 
     def exponent(self, direction: Direction) -> float | None:
         """How its time grows with the length over the longer ones; None without times."""
