@@ -56,6 +56,28 @@ def test_causal_with_masked_keys_equals_the_formula(n, m, masked, allowed) -> No
     assert_equal_in_float64(run("eager"), run("reference"), q, k, v[..., :3])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("options", [{}, {"allowed": 1}, {"allowed": 6}, {"bias": 6}], ids=str)
+def test_grouped_heads_are_repeated_ones(causal, options) -> None:
+    q, k, v = (x.double() for x in (torch.randn(2, 6, 7, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 5)))
+    slots = {}
+    if "allowed" in options:
+        slots["allowed"] = torch.rand(2, options["allowed"], 1, 7) > 0.4
+    if "bias" in options:
+        slots["bias"] = torch.randn(1, options["bias"], 7, 7).double()
+    mask = torch.rand(2, 7) > 0.2
+
+    def run(backend, repeats):
+        def function(q, k, v):
+            k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+            output, lse = partial_attention(q, k, v, causal=causal, key_mask=mask, backend=backend, **slots)
+            return output, lse.masked_fill(lse == float("-inf"), 0.0)
+
+        return function
+
+    assert_equal_in_float64(run("eager", 1), run("reference", 2), q, k, v)
+
+
 def test_causal_queries_without_a_key_are_empty_and_masked_keys_have_no_influence() -> None:
     q, k, v = _inputs(8, 8)
     key_mask = torch.arange(8).expand(2, -1) >= torch.tensor([[3], [0]])
@@ -118,5 +140,7 @@ def test_bad_shapes() -> None:
     q, k, v = _inputs()
     with pytest.raises(ValueError, match="expected"):
         partial_attention(q, k[:, :2], v)
+    with pytest.raises(ValueError, match="k: expected a number of heads that divides the 3"):
+        partial_attention(q, k[:, :2], v[:, :2])
     with pytest.raises(ValueError, match="key_mask: expected"):
         partial_attention(q, k, v, key_mask=torch.ones(2, 5, dtype=torch.bool))

@@ -249,17 +249,12 @@ class HyperAttention(AttentionMixer):
 
 
 def _in_leaves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, length: int) -> Partial:
-    """Causal attention in leaves of ``length`` tokens, which are examples of a batch, as the heads of a group are."""
-    b, heads, group = len(q), k.shape[1], q.shape[1] // k.shape[1]
+    """Causal attention in leaves of ``length`` tokens, which are examples of a batch."""
+    b = len(q)
     q, k, v = (x.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     mask = None if mask is None else mask.unflatten(1, (-1, length)).flatten(0, 1)
-    if group > 1:
-        q = q.unflatten(1, (heads, group)).flatten(0, 1)
-        k, v = (x.flatten(0, 1).unsqueeze(1).expand(-1, group, -1, -1) for x in (k, v))
-        mask = None if mask is None else mask.repeat_interleave(heads, dim=0)
-    output, lse = partial_attention(q, k, v, causal=True, key_mask=mask)
-    output, lse = (x.reshape(b, -1, heads * group, *x.shape[2:]).transpose(1, 2).flatten(2, 3) for x in (output, lse))
-    return Partial(output, lse)
+    found = partial_attention(q, k, v, causal=True, key_mask=mask)
+    return Partial(*(x.unflatten(0, (b, -1)).transpose(1, 2).flatten(2, 3) for x in found))
 
 
 def _half(x: Shaped[Tensor, "*s n"], pairs: int, size: int, which: int) -> Shaped[Tensor, "*s p size"]:

@@ -12,19 +12,15 @@ from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.core.state import State
-from attnlab.core.tilings import segments_of
 from attnlab.mixers.attention import CachedAttention
 from attnlab.mixers.parts.causal_options import CausalOptions
 from attnlab.mixers.parts.selection import top_k
 from attnlab.mixers.sparse.frontier_rules import cache_capacities, cache_importance
 from attnlab.ops.attention import attention, attention_map
-from attnlab.ops.partials import Partial, merge
-from attnlab.ops.tile_attention import tile_attention
+from attnlab.ops.partial_attention import merge, partial_attention
 
 RULES = ("snap", "ada_snap")
 INF = float("inf")
-ROWS = 64
-"""Queries of a tile."""
 
 
 @mixers.register(
@@ -117,9 +113,11 @@ class SnapKVAttention(CachedAttention):
         if n <= end:
             return attention(q, k, v, causal=True, key_mask=masks.key)
         real = k.new_ones(k.shape[0], n, dtype=torch.bool) if masks.key is None else masks.key
-        before = attention(q[:, :, :end], k[:, :, :end], v[:, :, :end], causal=True, key_mask=real[:, :end])
+        mask = None if masks.key is None else masks.key[:, :end]  # without a mask attention is faster
+        before = attention(q[:, :, :end], k[:, :, :end], v[:, :, :end], causal=True, key_mask=mask)
         kept = self._keep(q[:, :, max(0, end - self.num_last) : end], k[:, :, :end], v[:, :, :end], real[:, :end])
-        return torch.cat((before, _after(q[:, :, end:], kept, k[:, :, end:], v[:, :, end:], real[:, end:])), dim=2)
+        after = None if masks.key is None else masks.key[:, end:]
+        return torch.cat((before, _after(q[:, :, end:], kept, k[:, :, end:], v[:, :, end:], after)), dim=2)
 
     def begin(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         """No keys; ``recent`` are the prompt's last queries, ``kept_*`` what is left of it once it is over."""
@@ -180,19 +178,8 @@ def _grown(state: State, k: Tensor, v: Tensor, real: Tensor) -> State:
     return state.grow(2, k=k, v=v).replace(real=torch.cat((state["real"], real), 1))
 
 
-def _after(q: Tensor, kept: tuple[Tensor, Tensor, Tensor], k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+def _after(q: Tensor, kept: tuple[Tensor, Tensor, Tensor], k: Tensor, v: Tensor, real: Tensor | None) -> Float[Tensor, "b h n e"]:
     """One softmax over what is kept of the prompt and the tokens after it, of which the last is the last query's own."""
-    n, m = q.shape[2], k.shape[2]
-    queries = segments_of(n, min(ROWS, n)).to(q.device)[None, None]
-    slots = torch.arange(kept[2].shape[2], device=q.device).expand_as(kept[2]).masked_fill(~kept[2], -1)
-    slots = slots.repeat_interleave(q.shape[1] // k.shape[1], dim=1).unsqueeze(2).expand(-1, -1, queries.shape[2], -1)
-    far = tile_attention(q, kept[0], kept[1], queries, slots)
-    if n < m:  # a piece of a stream: places of queries and keys are not counted from the same token
-        a, b = torch.arange(n, device=q.device), torch.arange(m, device=q.device)
-        bias = q.new_zeros(n, m).masked_fill(b > (a + m - n)[:, None], -INF)[None, None]
-        near = tile_attention(q, k, v, a[None, None, None], b[None, None, None], bias=bias, key_mask=real)
-    else:
-        keys = torch.arange(m, device=q.device).expand(1, 1, queries.shape[2], -1)
-        near = tile_attention(q, k, v, queries, keys, causal=True, key_mask=real)
-    far, near = (Partial(part.output.flatten(2, 3)[:, :, :n], part.lse.flatten(2, 3)[:, :, :n]) for part in (far, near))
-    return merge(far, near).output
+    there = kept[2].repeat_interleave(q.shape[1] // k.shape[1], dim=1).unsqueeze(2)
+    far = partial_attention(q, kept[0], kept[1], allowed=there)
+    return merge(far, partial_attention(q, k, v, causal=True, key_mask=real)).output

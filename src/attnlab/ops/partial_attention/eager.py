@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from attnlab.core.masks import allowed_pairs
 from attnlab.ops.backends import accumulate_dtype
 from attnlab.ops.chunks import common_dtype
-from attnlab.ops.partial_attention.causal import forward as flash
+from attnlab.ops.partial_attention.fused import forward as fused
 
 _BLOCK = 256
 
@@ -30,8 +30,14 @@ def partial_attention(
     n, m = q.shape[2], k.shape[2]
     if 0 in (n, m):
         return _nothing(q, v)
-    if causal and n == m and bias is None and allowed is None and q.device.type == "cpu":
-        return flash(*common_dtype(q=q, k=k, v=v), key_mask, scale)
+    by_key = allowed is None or allowed.shape[2] == 1 < n
+    if by_key and bias is None and q.device.type == "cpu" and (n == m or not causal):
+        real = None if key_mask is None else key_mask.unsqueeze(1)
+        if allowed is not None:
+            allowed = allowed.squeeze(2).expand(len(q), -1, m)
+            real = allowed if real is None else real & allowed
+        return fused(*common_dtype(q=q, k=k, v=v), real, causal, scale)
+    allowed = None if allowed is None else allowed.expand(-1, -1, n, m)
     outputs, lses = [], []
     for start in range(0, n, _BLOCK):
         rows = slice(start, min(start + _BLOCK, n))

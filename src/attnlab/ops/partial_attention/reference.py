@@ -26,7 +26,9 @@ def partial_attention(
     logits = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
     if bias is not None:
         logits = logits + bias.to(wide)
-    allowed = allowed_pairs(q.shape[2], k.shape[2], causal=causal, key_mask=key_mask, pair_mask=allowed, device=q.device)
+    n, m = logits.shape[2:]
+    pairs = None if allowed is None else allowed.expand(-1, -1, n, m)
+    allowed = allowed_pairs(n, m, causal=causal, key_mask=key_mask, pair_mask=pairs, device=q.device)
     if allowed is not None:
         logits = logits.masked_fill(~allowed, float("-inf"))
     empty = (logits == float("-inf")).all(dim=-1)
