@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from attnlab import list_mixers
 from attnlab.papers.evidence import TIERS
 from sitegen import facts, prose
+from sitegen.mass import mass_tables
 
 EXAMPLES = Path(__file__).parents[3] / "docs" / "examples"
 """Programs that pages show and the tests run."""
@@ -35,6 +36,7 @@ def fill(markdown: str, page: str) -> str:
         "report_picture": report_picture,
         "law_tables": law_tables,
         "supports_table": supports_table,
+        "mass_tables": mass_tables,
     }
     return env.from_string(markdown).render()
 
