@@ -5,16 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnlab.core.catalog import mixers
 from attnlab.core.grid import Grid
 from attnlab.core.masks import Masks
+from attnlab.mixers.linear.core import real_only, with_ones
 from attnlab.mixers.linear.quotient import LINEAR, QuotientAttention
 from attnlab.ops.attention import attention
+from attnlab.ops.backends import accumulate_dtype
+from attnlab.ops.chunks import full_precision
+from attnlab.ops.taylor_attention import features, taylor_attention
 
-_BY_PAIRS = 16  # up to so many keys a feature the n x n weights, in blocks, take less time than the features
+_BY_PAIRS = 2  # up to so many keys a feature the n x n weights, in blocks, take less time than the features
 
 
 @mixers.register("taylor_softmax", family="linear", paper="deconstructing-attention", supports=replace(LINEAR, pair_mask=True))
@@ -30,9 +34,10 @@ class TaylorSoftmaxAttention(QuotientAttention):
     $$\phi(x) = \Big[1,\; \frac{x}{d^{1/4}},\; \Big(\frac{x_a x_b}{\sqrt{d}}\, c_{ab}\Big)_{a \le b}\Big], \qquad
       c_{aa} = \tfrac{1}{\sqrt2}, \; c_{ab} = 1 ,$$
 
-    each product once: D = 1 + d + d (d + 1) / 2 of them. Time O(n D d), memory O(n D). It takes less time than the n x n weights
-    from about n = 16 D on, 9000 tokens for d = 32; below, and with a pair mask, those are formed in blocks: time O(n^2 d), memory
-    O(n). Streaming is by features. State: ``sum`` (b, h, D, d + 1), and ``position`` (b,) if there is one.
+    each product once: D = 1 + d + d (d + 1) / 2 of them, formed for a piece of the sequence at a time (`ops.taylor_attention`).
+    Time O(n D d), memory O(n d), where causal n D d / 256 for the gradient. It takes less time than the n x n weights from about
+    n = 2 D on, 1100 tokens for d = 32; below, and with a pair mask, those are formed in blocks: time O(n^2 d), memory O(n).
+    Streaming is by features. State: ``sum`` (b, h, D, d + 1), and ``position`` (b,) if there is one.
 
     Args: those of `AttentionMixer`; ``num_kv_heads`` must be all, ``position`` one in queries and keys such as "rotary".
 
@@ -65,8 +70,21 @@ class TaylorSoftmaxAttention(QuotientAttention):
 
     def features(self, x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n w"]:
         """One, the channels, and their products."""
-        d = x.shape[-1]
-        a, b = torch.triu_indices(d, d, device=x.device).unbind()
-        factor = (1.0 - (1.0 - 0.5**0.5) * (a == b).to(x.dtype)) * d**-0.5
-        products = x[..., a] * x[..., b] * factor
-        return torch.cat((torch.ones_like(x[..., :1]), x * d**-0.25, products), dim=-1)
+        return features(x)
+
+    @full_precision
+    def read(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b h m d"],
+        v: Float[Tensor, "b h m e"],
+        masks: Masks,
+        grid: Grid | None,
+        index: Int[Tensor, "#b n"] | None,
+        initial: Float[Tensor, "b h w1 e1"] | None = None,
+    ) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h w1 e1"]]:
+        """The features in pieces."""
+        dtype, wide = v.dtype, accumulate_dtype(v.dtype)
+        k, v = real_only(k.to(wide), masks.key), with_ones(v.to(wide), masks.key)
+        sums, after = taylor_attention(q.to(wide), k, v, initial_state=initial, causal=self.causal)
+        return self.divide(sums).to(dtype), after
