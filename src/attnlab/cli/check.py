@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +13,7 @@ from attnlab.checking.records import Report
 from attnlab.cli.console import console, print_json
 from attnlab.core.catalog import mixers
 from attnlab.core.errors import UnknownNameError
+from attnlab.core.plugins import load_object
 
 Target = str | Callable[..., Any]
 
@@ -65,39 +63,9 @@ def _resolve(targets: list[str], all_mixers: bool) -> dict[str, Target]:
         raise typer.BadParameter("name mixers to check, or give --all; see attnlab check --help")
     names = mixers.names() if all_mixers else targets
     try:
-        return {name: load_class(name) if ":" in name else mixers.get(name).name for name in names}
-    except UnknownNameError as error:
+        return {name: load_object(name) if ":" in name else mixers.get(name).name for name in names}
+    except (UnknownNameError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-
-
-def load_class(reference: str) -> Callable[..., Any]:
-    """The object called after the colon of ``path.py:Class``.
-
-    Raises:
-        typer.BadParameter: if the file is not there, cannot be run, or holds no such thing.
-    """
-    text, _, attribute = reference.rpartition(":")
-    path = Path(text)
-    if not path.is_file():
-        raise typer.BadParameter(f"{reference!r}: expected path.py:Class, but there is no file {text!r}")
-    name = f"attnlab_checked_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise typer.BadParameter(f"{reference!r}: expected a Python file, got {text!r}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses and pickles of the file look for it
-    sys.path.insert(0, str(path.parent.resolve()))
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise typer.BadParameter(f"{reference!r}: running the file raised {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.pop(0)
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        known = sorted(key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == name)
-        raise typer.BadParameter(f"{reference!r}: the file has no class or function {attribute!r}; its classes are {known}")
-    return found
 
 
 def _as_data(reports: dict[str, Report], broken: dict[str, str]) -> dict[str, Any]:

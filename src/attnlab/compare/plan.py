@@ -13,8 +13,9 @@ from attnlab.compare.cells import Cell, Member, Role, canonical, code_version
 from attnlab.compare.layers import can_be_causal
 from attnlab.compare.ledger import Row
 from attnlab.compare.suites import REFERENCE, MixerChoice, Suite, TaskChoice
-from attnlab.core.catalog import mixer_info
+from attnlab.core.catalog import mixer_info, mixers
 from attnlab.core.errors import UnsupportedError
+from attnlab.core.plugins import foreign_source
 from attnlab.tasks import Budget, Task, create_task, reference_model
 
 SWEEP_SEED = 0
@@ -200,7 +201,9 @@ class Plan:
 
 
 def _mixer(mixer: MixerChoice) -> dict[str, Any]:
-    return {"mixer": {"name": mixer.name, "options": dict(mixer.options)}}
+    source = foreign_source(mixers.get(mixer.name).factory)
+    known = {} if source is None else {"source": source}
+    return {"mixer": {"name": mixer.name, "options": dict(mixer.options), **known}}
 
 
 def _subject(task: PlannedTask, mixer: MixerChoice) -> dict[str, Any]:

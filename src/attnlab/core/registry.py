@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
+import importlib.metadata
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from attnlab.core.errors import UnknownNameError, nearest
 from attnlab.core.info import Info, MixerInfo, Supports, first_line, read_options
+from attnlab.core.plugins import is_file_reference, load_object
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -29,7 +31,9 @@ class Registry(Generic[T]):
     """Names to factories.
 
     The modules of ``package`` are imported when the registry is first asked. One that fails to import (a broken optional
-    dependency, say) is kept in `broken` and named in the error of a failed lookup; it never breaks the others.
+    dependency, say) is kept in `broken` and named in the error of a failed lookup; it never breaks the others. Installed packages
+    add entries through an entry point of the group ``package``, which names a module or a class that registers itself; a class
+    in a file is found as ``path.py:Class``.
 
     Args:
         kind: what the entries are, in the singular; used in messages.
@@ -41,6 +45,7 @@ class Registry(Generic[T]):
         self.package = package
         self.broken: dict[str, Exception] = {}
         self._entries: dict[str, Entry[T]] = {}
+        self._files: dict[str, Entry[T]] = {}
         self._discovered = False
         _REGISTRIES[kind] = self
 
@@ -74,7 +79,9 @@ class Registry(Generic[T]):
         return enter
 
     def get(self, name: str) -> Entry[T]:
-        """The entry called ``name``; UnknownNameError names the nearest ones."""
+        """The entry called ``name``, or of the class in a file; UnknownNameError names the nearest ones."""
+        if is_file_reference(name):
+            return self._from_file(name)
         if name not in self._entries:
             self._discover()
         if name not in self._entries:
@@ -82,6 +89,17 @@ class Registry(Generic[T]):
             lost = "".join(f" ({module} could not be imported: {error})" for module, error in self.broken.items())
             raise UnknownNameError(f"unknown {self.kind} {name!r}{hint}{lost}")
         return self._entries[name]
+
+    def _from_file(self, reference: str) -> Entry[T]:
+        if reference not in self._files:
+            factory = load_object(reference)
+            entry = next((entry for entry in self._entries.values() if entry.factory is factory), None)
+            if entry is None:
+                raise ValueError(
+                    f"{reference!r} is not registered as a {self.kind}: expected a decorator with .register(name, ...)"
+                )
+            self._files[reference] = entry
+        return self._files[reference]
 
     def create(self, name: str, /, **options: Any) -> T:
         """Build the entry ``name``; an option that its constructor does not have raises UnknownNameError."""
@@ -123,6 +141,11 @@ class Registry(Generic[T]):
                 importlib.import_module(module.name)
             except Exception as error:
                 self.broken[module.name] = error
+        for point in importlib.metadata.entry_points(group=self.package):
+            try:
+                point.load()
+            except Exception as error:
+                self.broken[point.value] = error
 
 
 _REGISTRIES: dict[str, Registry[Any]] = {}

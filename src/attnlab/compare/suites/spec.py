@@ -24,9 +24,9 @@ class MixerChoice:
     """A mixer of a suite.
 
     Args:
-        name: as it is registered.
+        name: as it is registered, or ``path.py:Class`` of a registered class in a file.
         options: its own options, as JSON can hold them.
-        label: what the report calls it; by default the name. Two entries of one mixer need two labels.
+        label: what the report calls it; by default its registered name. Two entries of one mixer need two labels.
     """
 
     name: str
@@ -36,7 +36,7 @@ class MixerChoice:
     def __post_init__(self) -> None:
         check_options(mixer_registry, self.name, self.options)
         if not self.label:
-            object.__setattr__(self, "label", self.name)
+            object.__setattr__(self, "label", mixer_registry.get(self.name).name)
 
 
 @dataclass(frozen=True)
