@@ -125,17 +125,6 @@ def test_an_encoder_gives_ranks_of_all_its_layers(tmp_path):
     assert found.quantities["output_gain"].mean == pytest.approx(gain)
 
 
-def test_selective_copying_asks_for_the_data_in_order():
-    task = copying.SelectiveCopying(length=20, count=4, vocab_size=8, examples=16)
-    batch = task.draw(32, torch.Generator().manual_seed(0))
-    for inputs, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
-        data = [token for token in inputs[:20] if token != copying.NOISE]
-        assert len(data) == 4 and all(2 <= token < 8 for token in data)
-        assert inputs[20:] == [copying.ASK] * 4 and targets == [IGNORE] * 20 + data
-    assert task.baselines()["chance"] == 1 / 6
-    assert sum(len(b.inputs) for b in task.eval_batches(5)) == 16
-
-
 def test_selection_compares_at_each_best_rate(tmp_path):
     setup = {"length": 8, "count": 2, "vocab_size": 6, "examples": 8, "dim": 8, "depth": 1, "steps": 2, "batch_size": 2}
     setup |= {"learning_rates": [0.01, 0.02], "seeds": 2}

@@ -43,7 +43,7 @@ class PointerNetwork(nn.Module):
     $$u_{ij} = v^\top \tanh(W_1 e_j + W_2 d_i), \qquad v \in \mathbb{R}^c,\ W_1, W_2 \in \mathbb{R}^{c \times c},$$
 
     and the softmax of $u_i$ is the output. Differs from the paper: its encoder is an LSTM too, whose last state begins the
-    decoder's; here the mean of the encodings does, by a linear map. A mixer that is always causal reads the points in their order.
+    decoder's; here the mean of the encodings does, by a linear map. A mixer that is always causal reads the points in order.
 
     Args:
         input_dim: numbers a point.

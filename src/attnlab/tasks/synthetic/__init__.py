@@ -1,0 +1,1 @@
+"""Copying, induction and retrieval: what a mechanism can carry from one place of a sequence to another."""
