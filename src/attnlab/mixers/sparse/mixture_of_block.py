@@ -124,12 +124,7 @@ class MixtureOfBlockAttention(AttentionMixer):
         block_of = torch.div(places_of(cells, q.shape[2]), cells.shape[1], rounding_mode="floor")
         chosen = self.choose(q, k, masks.key, cells, block_of)
         self.emit("selection", chosen)
-        most = len(cells)
-        if self.top_k is not None and self.scope == "query":
-            most = min(most, self.top_k)
-        elif not (torch.compiler.is_compiling() or chosen.is_meta):  # which need shapes that do not depend on data
-            most = int(chosen.sum(-1).max())
-        return routed_attention(q, k, v, chosen, cells, most=most, causal=self.causal, key_mask=masks.key).output
+        return routed_attention(q, k, v, chosen, cells, causal=self.causal, key_mask=masks.key).output
 
     @torch.no_grad()
     @full_precision

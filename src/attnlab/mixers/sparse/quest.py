@@ -92,7 +92,7 @@ class QuestAttention(CachedAttention):
         own = torch.arange(n, device=q.device)[:, None] // self.page == torch.arange(len(pages), device=q.device)
         taken = as_mask(chosen, len(pages)) | own
         self.emit("selection", taken)
-        return routed_attention(q, k, v, taken, pages, most=self.num_pages + 1, causal=True, key_mask=masks.key).output
+        return routed_attention(q, k, v, taken, pages, causal=True, key_mask=masks.key).output
 
     def begin(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         """No keys, no pages."""

@@ -31,7 +31,7 @@ def attend(
     return forward(q, k, v, queries, keys, bias, kind, causal, key_mask, zero_outside, scale, backend)
 
 
-def _implementation(backend: str) -> Any:
+def implementation(backend: str) -> Any:
     """The module with `forward` and `backward`; Triton is imported where it is used."""
     return import_module(f"attnlab.ops.tile_attention.{backend}")
 
@@ -58,7 +58,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of every tile; the arguments of `attend`."""
     inputs = Inputs(q, k, v, queries, keys, bias, kind, key_mask, causal, zero_outside, scale)
-    found: tuple[Tensor, Tensor] = _implementation(backend).forward(inputs)
+    found: tuple[Tensor, Tensor] = implementation(backend).forward(inputs)
     return found
 
 
@@ -110,7 +110,7 @@ def backward(
     """The gradients of q, k, v and the bias (empty without ``to_bias``)."""
     inputs = Inputs(q, k, v, queries, keys, bias, kind, key_mask, causal, zero_outside, scale)
     given = Given(out, lse, dout, dlse)
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = _implementation(backend).backward(inputs, given, to_bias)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = implementation(backend).backward(inputs, given, to_bias)
     return found
 
 
