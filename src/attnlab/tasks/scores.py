@@ -31,3 +31,20 @@ def bits_per_byte(logits: Float[Tensor, "b n k"], batch: Batch) -> Scores:
 def _nats(logits: Tensor, batch: Batch) -> float:
     flat = logits.flatten(0, -2).float()
     return float(F.cross_entropy(flat, batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"))
+
+
+def squared_error(outputs: Float[Tensor, "b n k"], batch: Batch) -> Scores:
+    """``mse``: squared errors over the numbers that take part, of targets in floating point; ``loss``: the same."""
+    errors = _squares(outputs, batch)
+    score = (float(errors.sum()), float(len(errors)))
+    return {"mse": score, "loss": score}
+
+
+def squared_loss(outputs: Float[Tensor, "b n k"], batch: Batch) -> Float[Tensor, ""]:
+    """Their mean as a loss to train by."""
+    return _squares(outputs, batch).mean()
+
+
+def _squares(outputs: Tensor, batch: Batch) -> Tensor:
+    takes_part = ~batch.targets.isnan()
+    return (outputs.float()[takes_part] - batch.targets[takes_part]).square()

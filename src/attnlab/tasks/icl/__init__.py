@@ -1,0 +1,1 @@
+"""Learning in context: classes and linear functions that a sequence's examples define."""
