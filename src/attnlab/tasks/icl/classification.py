@@ -19,7 +19,7 @@ from attnlab.tasks.registry import tasks
 from attnlab.tasks.scores import token_accuracy
 
 SETS = ("mixed", "icl", "flipped", "iwl")
-"""What evaluation may be on: as in training, new classes, classes whose labels are moved on by one, or absent from the context."""
+"""What evaluation may be on: as in training, new classes, labels moved on by one, or classes absent from the context."""
 
 PUBLISHED: dict[str, Any] = {
     "num_classes": 1024,
@@ -38,14 +38,14 @@ class InContextClassification(GeneratedTask):
 
     A sequence is $x_1, l_1, \ldots, x_N, l_N, x$: items of Gaussian classes with their labels' vectors, and a query at the last
     token, where the label is asked for among L. In a bursty sequence the query's class is in the context, so that an induction
-    head can copy its label; known classes have the same label throughout, so that weights can remember it. Many classes, noise and
-    bursts favour the first, few classes and a Zipf exponent the second.
+    head can copy its label; known classes have the same label throughout, so that weights can remember it. Many classes, noise
+    and bursts favour the first, few classes and a Zipf exponent the second.
 
     Token content lies behind a one-hot position; sequences begin anywhere among the positions. ``evaluate_on`` gives the paper's
     four test sets. As published, see `PUBLISHED`, a network takes 150,000 steps; the defaults are learnt within a minute.
 
-    Draw order: the seed's ``RandomState`` draws the vectors of labels and classes; in `draw`, one integer from the torch generator
-    seeds another, from which `draw_sequences` draws.
+    Draw order: the seed's ``RandomState`` draws the vectors of labels and classes; in `draw`, one integer from the torch
+    generator seeds another, from which `draw_sequences` draws.
 
     Args:
         num_classes: K, a multiple of L.

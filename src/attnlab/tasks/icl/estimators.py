@@ -58,9 +58,11 @@ def optimal_mu(omega: Float[Tensor, "h"], dim: int, length: int, variance: float
 def approximate_loss(
     omega: Float[Tensor, "h"], mu: Float[Tensor, "h"], dim: int, length: int, variance: float
 ) -> Float[Tensor, ""]:
-    r"""$1 + \sigma^2 - 2\mu^\top\omega + \mu^\top\left(\omega\omega^\top + \frac{1+\sigma^2}{L} e^{d\,\omega\omega^\top}\right)\mu$.
+    r"""The expected squared error of `softmax_estimate` for many examples.
 
-    The expected squared error of `softmax_estimate` for many examples, the exponential being of each entry.
+    $$1 + \sigma^2 - 2\mu^\top\omega + \mu^\top\left(\omega\omega^\top + \frac{1+\sigma^2}{L}\,e^{d\,\omega\omega^\top}\right)\mu$$
+
+    with the exponential of each entry.
     """
     return 1.0 + variance - 2.0 * (mu @ omega) + mu @ _second_moment(omega, dim, length, variance) @ mu
 

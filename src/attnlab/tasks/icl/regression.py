@@ -33,8 +33,8 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
 class InContextRegression(GeneratedTask):
     r"""What is the linear function's value at the query (Garg et al. 2022; as He et al. 2025 have it)?
 
-    Tokens are $[x_l; y_l]$ with $x_l \sim N(0, \Sigma)$, $y_l = \beta^\top x_l + \sigma\epsilon_l$ and $\beta \sim N(0, I/d)$ new in
-    each sequence; the last one is $[x_q; 0]$, where $y_q$, noisy too, is to be predicted. $\Sigma_{ij} = \rho^{|i-j|}$.
+    Tokens are $[x_l; y_l]$ with $x_l \sim N(0, \Sigma)$, $y_l = \beta^\top x_l + \sigma\epsilon_l$ and $\beta \sim N(0, I/d)$ new
+    in each sequence; the last one is $[x_q; 0]$, where $y_q$, noisy too, is to be predicted. $\Sigma_{ij} = \rho^{|i-j|}$.
 
     With ``response_dim`` a token has two responses, linear in the first and in the last so many coordinates; then $\beta$ is not
     divided by $\sqrt d$ and the query's responses have no noise, as published.
