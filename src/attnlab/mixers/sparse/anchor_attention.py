@@ -18,8 +18,10 @@ from attnlab.core.tilings import segments_of
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
 from attnlab.mixers.parts.first_real import from_first_real
 from attnlab.mixers.parts.selection import chosen_places
+from attnlab.mixers.sparse.leaves import causal_leaves
 from attnlab.ops.backends import accumulate_dtype
 from attnlab.ops.chunks import full_precision
+from attnlab.ops.partials import Partial, merge
 from attnlab.ops.tile_attention import from_tiles, places_of, tile_attention
 
 
@@ -133,14 +135,17 @@ class AnchorAttention(AttentionMixer):
         self.emit("selection", chosen)
         n = q.shape[2]
         queries = segments_of(n, self.group).to(q.device)
-        local = self._near(n, q.device)
         if torch.compiler.is_compiling() or q.is_meta:  # which need lengths that do not depend on data
             places = torch.arange(n, device=q.device).expand_as(chosen).masked_fill(~chosen, -1)
         else:
             places = chosen_places(chosen)
-        keys = torch.cat((local.expand(*chosen.shape[:2], -1, -1), places), dim=-1)
-        found = tile_attention(q, k, v, queries[None, None], keys, causal=self.ordered, key_mask=mask)
-        return from_tiles(found.output, places_of(queries, n))
+        inverse = places_of(queries, n)
+        far = _in_order(tile_attention(q, k, v, queries[None, None], places, key_mask=mask), inverse)
+        if self.ordered and not self.before:
+            return merge(far, causal_leaves(q, k, v, self.group, mask)).output
+        keys = self._near(n, q.device)[None, None]
+        near = tile_attention(q, k, v, queries[None, None], keys, causal=self.ordered, key_mask=mask)
+        return merge(far, _in_order(near, inverse)).output
 
     def _near(self, n: int, device: torch.device) -> Int[Tensor, "t y"]:
         """The near keys of each group."""
@@ -205,3 +210,8 @@ class AnchorAttention(AttentionMixer):
         score = torch.stack(largest, dim=3).masked_fill(~present.unsqueeze(1), 0.0).sum(-1) / count
         pooled = tokens.masked_fill(~present[:, None, ..., None], 0.0).sum(-2) / count.unsqueeze(-1)
         return Anchors(pooled, score, number > 0)
+
+
+def _in_order(part: Partial, inverse: Int[Tensor, "n"]) -> Partial:
+    """What tiles hold for each token."""
+    return Partial(from_tiles(part.output, inverse), part.lse.flatten(2).index_select(2, inverse))

@@ -20,8 +20,8 @@ from attnlab.mixers.attention import AttentionMixer, AttentionOptions
 from attnlab.mixers.parts.first_real import from_first_real
 from attnlab.mixers.sparse.angular_lsh import AngularLSH
 from attnlab.mixers.sparse.hyper_tiles import Side, hyper_tiles, to_tokens
+from attnlab.mixers.sparse.leaves import causal_leaves
 from attnlab.ops.attention import attention
-from attnlab.ops.partial_attention import partial_attention
 from attnlab.ops.partials import Partial, merge
 from attnlab.ops.tile_attention import tile_attention
 
@@ -192,7 +192,7 @@ class HyperAttention(AttentionMixer):
             start = torch.zeros(1, dtype=torch.int64, device=q.device)
             sides = [Side(x.unsqueeze(2), there.unsqueeze(1), start) for x, there in zip(buckets, real, strict=True)]
             return self._part(q, k, v, sides[0], sides[1], None if ranks is None else ranks[0], join)
-        found = self._leaves(q, k, v, masks)
+        found = causal_leaves(q, k, v, self.min_exact, masks.key)
         size, level = self.min_exact, 0
         while size < q.shape[2]:
             pairs = -(-(q.shape[2] - size) // (2 * size))
@@ -204,17 +204,6 @@ class HyperAttention(AttentionMixer):
             found = join(found, self._part(q, k, v, late, early, None if ranks is None else ranks[level], join))
             size, level = 2 * size, level + 1
         return found
-
-    def _leaves(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Partial:
-        """Exact attention in each leaf; the last one may be shorter."""
-        n, size = q.shape[2], self.min_exact
-        whole = n - n % size
-        found = []
-        for start, stop, length in ((0, whole, size), (whole, n, n - whole)):
-            if start < stop:
-                mask = None if masks.key is None else masks.key[:, start:stop]
-                found.append(_in_leaves(q[:, :, start:stop], k[:, :, start:stop], v[:, :, start:stop], mask, length))
-        return found[0] if len(found) == 1 else Partial(*(torch.cat(part, dim=2) for part in zip(*found, strict=True)))
 
     def _part(self, q: Tensor, k: Tensor, v: Tensor, queries: Side, keys: Side, ranks: Tensor | None, join: Join) -> Partial:
         """Attention of these queries to these keys, block by block and by samples."""
@@ -246,15 +235,6 @@ class HyperAttention(AttentionMixer):
             both = join(near, far)
             found = Partial(both.output.view_as(found.output), both.lse.view_as(found.lse))
         return to_tokens(found, tiles.queries, q.shape[2])
-
-
-def _in_leaves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, length: int) -> Partial:
-    """Causal attention in leaves of ``length`` tokens, which are examples of a batch."""
-    b = len(q)
-    q, k, v = (x.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-    mask = None if mask is None else mask.unflatten(1, (-1, length)).flatten(0, 1)
-    found = partial_attention(q, k, v, causal=True, key_mask=mask)
-    return Partial(*(x.unflatten(0, (b, -1)).transpose(1, 2).flatten(2, 3) for x in found))
 
 
 def _half(x: Shaped[Tensor, "*s n"], pairs: int, size: int, which: int) -> Shaped[Tensor, "*s p size"]:
