@@ -22,6 +22,13 @@ def compare(
     workers: Annotated[
         int | None, typer.Option(help="Training processes [default: the suite's]; 0: this process.", show_default=False)
     ] = None,
+    executor: Annotated[
+        str | None,
+        typer.Option(help="Who trains: here, pool or ray [default: pool, or here with 0 workers].", show_default=False),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster's; without it Ray is started here.", show_default=False)
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Set an earlier ledger aside instead of going on with it.")] = False,
     no_timing: Annotated[bool, typer.Option("--no-timing", help="Measure neither speed nor memory.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
@@ -30,7 +37,8 @@ def compare(
 
     What is finished is kept at once: the same command goes on where it was stopped, and nothing is run twice.
 
-    Examples: attnlab compare; attnlab compare --mixers softmax,delta_net,mamba --tasks recall --seeds 3 --out runs/recall
+    Examples: attnlab compare; attnlab compare --mixers softmax,delta_net,mamba --tasks recall --seeds 3 --out runs/recall;
+    attnlab compare --executor ray --workers 8
 
     Exit code 0: all fine; 1: a run failed, the control does not tie or a mixer is not correct; 2: bad usage; 130: stopped.
     """
@@ -48,6 +56,8 @@ def compare(
             learning_rates=None if lrs is None else numbers("--lrs", lrs),
             timing=not no_timing,
             workers=workers,
+            executor=executor,
+            address=address,
             fresh=fresh,
             console=errors,
             citations=citations(),

@@ -20,7 +20,7 @@ from attnlab.compare.liveness import HEARTBEAT_SECONDS, Owner, this_process
 from attnlab.compare.schema import connect
 
 MAX_ATTEMPTS = 3
-"""Processes that may die on a cell before it counts as failed."""
+"""Processes that may die on a cell in one run before it counts as failed."""
 
 
 @dataclass(frozen=True)
@@ -131,18 +131,22 @@ class Ledger:
     # Work
 
     def claim(self, run: int, kinds: Sequence[str]) -> Claim | None:
-        """Take the first cell of these kinds that nobody works on, or whose worker has died; None if there is none."""
+        """Take the first cell of these kinds that nobody works on, or whose worker has died; None if there is none.
+
+        Cells on which processes have died come last. Only deaths in this run can make one fail: a run that is killed again and
+        again loses none.
+        """
         marks = ", ".join("?" * len(kinds))
         query = (
             "SELECT c.* FROM cells c JOIN members m ON m.key = c.key WHERE m.run = ? AND c.status IN ('pending', 'claimed')"
-            f" AND c.kind IN ({marks}) ORDER BY m.position"
+            f" AND c.kind IN ({marks}) ORDER BY c.attempts, m.position"
         )
         with self._write() as db:
             for row in db.execute(query, (run, *kinds)).fetchall():
                 if row["status"] == "claimed" and not self._abandoned(row):
                     continue
-                if row["attempts"] >= MAX_ATTEMPTS:
-                    self._fail(db, run, row["key"], f"its process died {row['attempts']} times")
+                if row["attempts"] >= MAX_ATTEMPTS and (deaths := self._deaths(db, run, row["key"])) >= MAX_ATTEMPTS:
+                    self._fail(db, run, row["key"], f"its process died {deaths} times")
                     continue
                 return self._take(db, run, row)
         return None
@@ -156,6 +160,15 @@ class Ledger:
         )
         self._log(db, run, row["key"], "claimed" if row["status"] == "pending" else "taken over", f"process {owner.pid}")
         return Claim(row["key"], Cell(row["kind"], json.loads(row["spec"])), token)
+
+    @staticmethod
+    def _deaths(db: sqlite3.Connection, run: int, key: str) -> int:
+        """Of a cell that nobody works on: claims in this run less those that were given back."""
+        query = (
+            "SELECT sum(CASE kind WHEN 'released' THEN -1 ELSE 1 END) FROM events WHERE run = ? AND key = ?"
+            " AND kind IN ('claimed', 'taken over', 'released')"
+        )
+        return int(db.execute(query, (run, key)).fetchone()[0] or 0)
 
     @staticmethod
     def _abandoned(row: sqlite3.Row) -> bool:
@@ -195,6 +208,12 @@ class Ledger:
             if self._settle(db, claim, "pending", None):
                 db.execute("UPDATE cells SET attempts = attempts - 1 WHERE key = ?", (claim.key,))
                 self._log(db, run, claim.key, "released", "interrupted")
+
+    def crashed(self, run: int, claim: Claim, what: str) -> None:
+        """Give a claim back whose process died; the attempt counts."""
+        with self._write() as db:
+            if self._settle(db, claim, "pending", None):
+                self._log(db, run, claim.key, "crashed", what)
 
     @staticmethod
     def _settle(db: sqlite3.Connection, claim: Claim, status: str, error: str | None) -> bool:

@@ -15,18 +15,19 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from attnlab.compare.executor import TIMING, TRAINING, Watcher, work_here
+from attnlab.compare.executor import TIMING, TRAINING, Executor, Here
+from attnlab.compare.executors import choose_executor
 from attnlab.compare.frame import export
 from attnlab.compare.ledger import Ledger, Row
-from attnlab.compare.machine import available_cores, machine_facts
+from attnlab.compare.machine import machine_facts
 from attnlab.compare.plan import Plan, describe
-from attnlab.compare.pool import work_in_pool
 from attnlab.compare.progress import Display, Silent
+from attnlab.compare.reading import LEDGER, read_run
 from attnlab.compare.report import Citation, write_report
 from attnlab.compare.suites import Suite, load_suite, select
-from attnlab.compare.summary import Summary, summarise
+from attnlab.compare.summary import Summary
 
-LEDGER, REPORT = "ledger.sqlite", "report.html"
+REPORT = "report.html"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def compare(
     learning_rates: Sequence[float] | None = None,
     timing: bool = True,
     workers: int | None = None,
+    executor: str | None = None,
+    address: str | None = None,
     fresh: bool = False,
     console: Console | None = None,
     citations: Mapping[str, Citation] | None = None,
@@ -81,14 +84,18 @@ def compare(
         timing: False measures no speed and no memory.
         workers: processes that train, one thread each, in place of the suite's; 0 trains in this process with all its threads.
             Timing is always done in this process, alone.
+        executor: who trains: "here" (this process), "pool" (processes on this machine) or "ray"; by default a pool of the
+            workers, or this process where there are 0. Results do not depend on it.
+        address: of a Ray cluster; None starts Ray on this machine.
         fresh: set an earlier ledger aside and start anew.
         console: where progress is shown; None shows nothing.
         citations: papers by slug, for the report's links.
         command: what the report says how to make it again; by default this process's own command line.
 
     Raises:
-        UnknownNameError: for a suite, mixer, task or option that does not exist; the nearest are named.
+        UnknownNameError: for a suite, mixer, task, option or executor that does not exist; the nearest are named.
         ValueError: for a number out of range.
+        MissingPackageError: Ray was asked for and is not installed.
         RuntimeError: called while a worker imports the calling script.
         KeyboardInterrupt: stopped; cells in work have been given back, and the same call goes on from there.
     """
@@ -103,22 +110,23 @@ def compare(
         workers=workers,
     )
     folder = Path(out) if out is not None else Path("runs") / chosen.name
-    run = _run(chosen, folder, fresh, console, command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    hands = choose_executor(executor, chosen.workers, address)
+    run = _run(chosen, folder, hands, fresh, console, command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     return make_report(folder / LEDGER, folder, run=run, citations=citations)
 
 
-def _run(suite: Suite, folder: Path, fresh: bool, console: Console | None, command: str) -> int:
+def _run(suite: Suite, folder: Path, executor: Executor, fresh: bool, console: Console | None, command: str) -> int:
     """Do what is left of the suite; returns the run's number, for another process may have opened a later one meanwhile."""
     machine = machine_facts()
     plan = Plan(suite, machine)  # before an earlier ledger is touched: this is where a wrong suite is refused
-    workers = min(suite.workers, available_cores())
     if fresh:
         set_aside(folder / LEDGER)
     with Ledger(folder / LEDGER) as ledger:
-        run = ledger.open_run({**describe(plan), "machine": machine, "command": command, "workers": workers})
+        means = {"executor": executor.name, "workers": executor.workers}
+        run = ledger.open_run({**describe(plan), "machine": machine, "command": command, **means})
         ledger.add(run, plan.ready([]))
         ledger.retry_failed(run)
-        _execute(ledger, run, plan, workers, console)
+        _execute(ledger, run, plan, executor, console)
     return run
 
 
@@ -127,26 +135,19 @@ def _refuse_in_a_worker() -> None:
         raise RuntimeError("compare was called while a worker imports the script: call it below `if __name__ == '__main__':`")
 
 
-def _execute(ledger: Ledger, run: int, plan: Plan, workers: int, console: Console | None) -> None:
-    display = nullcontext(Silent()) if console is None else Display(console, plan.expected(), workers)
+def _execute(ledger: Ledger, run: int, plan: Plan, executor: Executor, console: Console | None) -> None:
+    display = nullcontext(Silent()) if console is None else Display(console, plan.expected(), executor.workers)
     threads = torch.get_num_threads()
     try:
         with display as watcher:
-            _train(ledger, run, plan, workers, watcher)
-            work_here(ledger, run, plan, TIMING, watcher)
+            executor.work(ledger, run, plan, TRAINING, watcher)
+            Here().work(ledger, run, plan, TIMING, watcher)
     except BaseException:
         ledger.close_run(run, "interrupted")
         raise
     finally:
         torch.set_num_threads(threads)
     ledger.close_run(run, "finished")
-
-
-def _train(ledger: Ledger, run: int, plan: Plan, workers: int, watcher: Watcher) -> None:
-    if workers == 0:
-        work_here(ledger, run, plan, TRAINING, watcher)
-    else:
-        work_in_pool(ledger, run, plan, TRAINING, watcher, workers)
 
 
 def set_aside(ledger: Path) -> Path | None:
@@ -180,19 +181,9 @@ def make_report(
         FileNotFoundError: there is no ledger.
         ValueError: it holds no such run.
     """
-    path = Path(source) / LEDGER if Path(source).is_dir() else Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"expected a ledger, or a folder with {LEDGER}, got {os.fspath(source)}")
-    with Ledger(path) as ledger:
-        runs = {entry["id"]: entry for entry in ledger.runs()}
-        number = max(runs, default=0) if run is None else run
-        if number not in runs:
-            raise ValueError(f"run: expected one of {sorted(runs)}, got {number}; the ledger is {path}")
-        rows = ledger.rows(number)
-    facts = runs[number]["facts"]
-    moments = {key: runs[number][key] for key in ("started", "finished", "state")}
-    summary = summarise({**facts, **moments}, rows)
-    folder = Path(out) if out is not None else path.parent
+    summary, rows = read_run(source, run)
+    given = Path(source)
+    folder = Path(out) if out is not None else given if given.is_dir() else given.parent
     folder.mkdir(parents=True, exist_ok=True)
     export(folder, summary, rows)
     write_report(folder / REPORT, summary, citations=citations or {})

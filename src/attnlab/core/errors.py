@@ -41,6 +41,10 @@ class BackendUnavailableError(AttnlabError, RuntimeError):
     """A backend was asked for by name, and this machine or this input cannot run it."""
 
 
+class MissingPackageError(AttnlabError, ImportError):
+    """An optional package is not installed."""
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The clause ``"; did you mean 'a' or 'b'?"``, or an empty string when nothing is near."""
     close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
