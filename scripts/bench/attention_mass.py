@@ -27,10 +27,11 @@ from jaxtyping import Float
 from mass_sources import DEPTH, DIM, HEADS, SOURCES, Source, trained_layers
 from torch import Tensor
 
-from attnlab import Mixer, create_mixer, list_mixers, mixer_info
+from attnlab import create_mixer, list_mixers, mixer_info
 from attnlab.core.errors import UnsupportedError
 from attnlab.core.grid import Grid
 from attnlab.mixers.attention import AttentionMixer
+from attnlab.mixers.dense.softmax import SoftmaxAttention
 from attnlab.ops.maps.mass import kept_mass
 
 FAMILIES = ("local", "partitioned", "sparse")
@@ -55,7 +56,7 @@ class Layer:
         weights: of the tokens.
     """
 
-    mixer: Mixer
+    mixer: AttentionMixer
     x: Float[Tensor, "b n c"]
     grid: Grid | None
     weights: Float[Tensor, "b h n n"]
@@ -78,7 +79,7 @@ class Kept:
     same: bool
 
 
-def layer(mixer: Mixer, x: Float[Tensor, "b n c"], grid: Grid | None) -> Layer:
+def layer(mixer: AttentionMixer, x: Float[Tensor, "b n c"], grid: Grid | None) -> Layer:
     """A layer with its weights."""
     with torch.no_grad():
         return Layer(mixer, x, grid, mixer.mixing_matrix(x))
@@ -158,7 +159,7 @@ def mechanisms(source: Source) -> list[str]:
 def build(source: Source, seed: int) -> tuple[Layer, dict[str, Any]]:
     """A layer as it is built, on normal tokens, and how concentrated its attention is."""
     torch.manual_seed(seed)
-    mixer = create_mixer("softmax", DIM, HEADS, causal=source.causal).eval()
+    mixer = SoftmaxAttention(DIM, HEADS, causal=source.causal).eval()
     found = layer(mixer, torch.randn(1, source.tokens, DIM), source.grid)
     return found, {"entropy": entropy(found.weights, source.causal)}
 
@@ -208,7 +209,7 @@ def fill(entry: dict[str, Any], source: Source, seed: int, names: Iterable[str])
             row = {kind: asdict(measure(name, of)) for kind, (of, _) in made.items()}
             said = ", ".join(f"{kind} {kept['mass']:.3f}" for kind, kept in row.items())
         except NotComparable as error:
-            row, said = {"reason": str(error)}, str(error)
+            row, said = {"reason": str(error)}, str(error)  # type: ignore[dict-item]
         found["mixers"][name] = row
         yield f"{name:24s} {said}"
 
@@ -223,12 +224,13 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for name, seed in product(options.sources, range(options.seeds)):
         data = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
-        entry = known(data, name)
+        data = {source: known(data, source) for source in SOURCES}
+        entry = data[name]
         names = [one for one in mechanisms(SOURCES[name]) if not options.names or one in options.names]
         print(f"{name}, seed {seed}", flush=True)
         for line in fill(entry, SOURCES[name], seed, names):
             print(f"  {line}", flush=True)
-            options.out.write_text(json.dumps({**data, name: entry}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            options.out.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     print(f"wrote {options.out}")
 
 

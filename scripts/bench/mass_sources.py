@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attnlab import Mixer, create_mixer
 from attnlab.channel_mixers import create_channel_mixer
 from attnlab.core.grid import Grid
 from attnlab.core.tokens import Tokens
+from attnlab.mixers.attention import AttentionMixer
+from attnlab.mixers.dense.softmax import SoftmaxAttention
 from attnlab.mixers.parts.short_convolution import ShortConvolution
 from attnlab.models import Block
 from attnlab.models.embedding import PositionEmbedding
@@ -134,7 +135,7 @@ class Reader(nn.Module):
         self.taps = ShortConvolution(DIM, 4) if source.grid is None else None
         self.position = PositionEmbedding("sinusoidal" if source.grid is None else "learned", DIM, source.tokens, std=source.std)
         self.blocks = nn.ModuleList(
-            Block(DIM, create_mixer("softmax", DIM, HEADS, causal=causal), create_channel_mixer("mlp", DIM)) for _ in range(DEPTH)
+            Block(DIM, SoftmaxAttention(DIM, HEADS, causal=causal), create_channel_mixer("mlp", DIM)) for _ in range(DEPTH)
         )
         self.norm = create_norm("rms_norm", DIM, causal=causal)
         self.head = nn.Linear(DIM, source.vocabulary, bias=False)
@@ -173,11 +174,11 @@ def train(source: Source, seed: int) -> Reader:
     return model.eval()
 
 
-def trained_layers(source: Source, seed: int) -> tuple[list[tuple[Mixer, Float[Tensor, "1 n c"]]], float]:
+def trained_layers(source: Source, seed: int) -> tuple[list[tuple[AttentionMixer, Float[Tensor, "1 n c"]]], float]:
     """Each mixer of a trained model with what it sees of a held-out example, and the loss there in bits."""
     model = train(source, seed)
-    seen: list[tuple[Mixer, Tensor]] = []
-    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    seen: list[tuple[AttentionMixer, Tensor]] = []
+    mixers = [module for module in model.modules() if isinstance(module, AttentionMixer)]
     handles = [mixer.register_forward_pre_hook(lambda module, given: seen.append((module, given[0]))) for mixer in mixers]
     with torch.no_grad():
         bits = float(model.loss(source.draw("valid", 1, source.tokens, torch.Generator().manual_seed(seed))))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnlab import create_mixer
+from attnlab.mixers.dense.softmax import SoftmaxAttention
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 
@@ -32,7 +32,7 @@ TINY = Source("the next of four", draw_steps, 4, 24, True, None, ((12, 8, 30), (
 
 
 def softmax_layer(n: int, causal: bool = False, grid: tuple[int, ...] | None = None) -> script.Layer:
-    return layer(create_mixer("softmax", DIM, HEADS, causal=causal).eval(), 2 * torch.randn(1, n, DIM), grid)
+    return layer(SoftmaxAttention(DIM, HEADS, causal=causal).eval(), 2 * torch.randn(1, n, DIM), grid)
 
 
 def test_entropy_is_one_for_equal_weights_and_zero_for_one_key():

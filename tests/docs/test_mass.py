@@ -32,7 +32,8 @@ def seed(trained: float) -> dict[str, object]:
 
 @pytest.fixture
 def data(monkeypatch):
-    found = {"text": {"setup": SETUP, "seeds": {"0": seed(0.7), "1": seed(0.9)}}}
+    hidden = {**SETUP, "says": "hidden bytes", "causal": False}
+    found = {"text": {"setup": SETUP, "seeds": {"0": seed(0.7), "1": seed(0.9)}}, "hidden": {"setup": hidden, "seeds": {}}}
     monkeypatch.setattr(mass, "load", lambda: found)
     return found
 
@@ -52,7 +53,8 @@ def test_what_keeps_all_says_how(data):
 def test_every_sparse_mechanism_has_a_row_or_a_reason(data):
     why, rows = mass.reasons(data), mass.of_mechanisms(data["text"])
     assert why["grassmann"] == "no single | map" and r"no single \| map" in mass.mass_tables()
-    assert why["quest"] == "not measured yet" and why["window"] == "takes none of these shapes"
+    assert why["quest"] == "not measured yet" and why["local_implicit"] == "takes none of these shapes"
+    assert why["sparse_prefill"] == "not measured yet" and "hidden" not in mass.mass_tables().lower()
     names = {name for name in list_mixers() if mixer_info(name).family in mass.FAMILIES}
     measured = {name for name, found in rows.items() if "reason" not in found[0]}
     assert set(why) | measured == names and not set(why) & measured

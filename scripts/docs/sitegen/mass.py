@@ -47,7 +47,7 @@ def note(rows: Sequence[dict[str, Any]]) -> str:
     if all(one["same"] for one in kept):
         return "all: dense attention here"
     if all(one["pairs"] > NEARLY_ALL for one in kept):
-        return "every key, with other weights: some stand for groups"
+        return "every key, with other weights than dense attention's"
     return ""
 
 
@@ -108,9 +108,9 @@ def reasons(data: dict[str, Any]) -> dict[str, str]:
 def mass_tables() -> str:
     """A section for each source, and one for what has no row."""
     data, lines = load(), []
-    for entry in data.values():
+    for entry in (entry for entry in data.values() if entry["seeds"]):
         setup = entry["setup"]
-        lines += ["", f"### {setup['says'].capitalize()}: {shape(setup)}", "", source_table(entry)]
+        lines += ["", f"### {setup['says'][0].upper()}{setup['says'][1:]}: {shape(setup)}", "", source_table(entry)]
     lines += ["", "### What has no row", "", "| mechanism | because |", "|---|---|"]
     lines += [f"| [`{name}`](mechanisms/{name}.md) | {prose.cell(why)} |" for name, why in reasons(data).items()]
     return "\n".join(lines)
