@@ -51,7 +51,7 @@ def full_at_bottom(
         depth: L, layers.
         full: the mixer with full attention.
         local: the mixer of the other layers. The paper's sparse layers are blocked, a token sees its block of 1024 and the one
-            before; a causal "sliding_window" of as many keys comes near, and differs at the blocks' borders.
+            before: "block_span". A causal "sliding_window" of as many keys comes near, and differs at the blocks' borders.
         num_full: l; by default a sixth of the layers, as 4 of 24 in the paper, at least 1.
         place: where the full layers stand: "bottom", or "middle" or "top", which the paper found worse.
 
