@@ -60,7 +60,7 @@ def approximate_loss(
 ) -> Float[Tensor, ""]:
     r"""The expected squared error of `softmax_estimate` for many examples.
 
-    $$1 + \sigma^2 - 2\mu^\top\omega + \mu^\top\left(\omega\omega^\top + \frac{1+\sigma^2}{L}\,e^{d\,\omega\omega^\top}\right)\mu$$
+    $$1 + \sigma^2 - 2\mu^\top\omega + \mu^\top\Bigl(\omega\omega^\top + \frac{1+\sigma^2}{L}\,e^{d\omega\omega^\top}\Bigr)\mu$$
 
     with the exponential of each entry.
     """
