@@ -51,7 +51,7 @@ def test_the_trigger_comes_twice_and_its_successor_is_asked_for():
 
 
 def test_needles_are_lines_of_the_text_and_the_first_is_asked_for():
-    task = create_task("needle", seq_len=90, num_needles=3, max_bytes=1_500_000)
+    task = create_task("needle", seq_len=90, num_needles=3, value_length=3, max_bytes=1_500_000)
     for batch, split in ((task.draw(30, torch.Generator().manual_seed(0)), "train"), (task.examples("test"), "test")):
         text = task.corpus.splits[split].numpy().tobytes()
         assert batch.inputs.shape == batch.targets.shape == (len(batch), 90)
@@ -108,7 +108,7 @@ def test_answers_count_whole_examples():
         ("copy", {"length": 0}, "length, vocab_size: expected at least 1 and 3, got 0 and 16"),
         ("selective_copy", {"num_data": 17}, "expected 1 <= num_data <= length and at least 4 ids, got 16, 17 and 16"),
         ("induction", {"seq_len": 2}, "expected at least 3, got 2, None and 17"),
-        ("needle", {"seq_len": 20}, "expected needles and question to leave room"),
+        ("needle", {"seq_len": 13}, "expected needles and question to leave room"),
         ("needle", {"depth": 1.5}, "depth: expected a number from 0 to 1 or None, got 1.5"),
     ],
 )

@@ -56,12 +56,12 @@ class Needle(GeneratedTask):
 
     def __init__(
         self,
-        seq_len: int = 64,
-        num_needles: int = 2,
+        seq_len: int = 48,
+        num_needles: int = 1,
         depth: float | None = None,
         *,
         key_length: int = 2,
-        value_length: int = 3,
+        value_length: int = 2,
         max_bytes: int = 4_000_000,
         eval_examples: int = 256,
         seed: int = 0,
@@ -87,7 +87,7 @@ class Needle(GeneratedTask):
 
     @property
     def default_budget(self) -> Budget:
-        """10 to 30 seconds on one core at the default sizes."""
+        """5 to 15 seconds on one core at the default sizes."""
         return Budget(steps=300, batch_size=32, learning_rates=(0.01, 0.02), parameters=40_000, depth=2, num_heads=2)
 
     def draw(self, count: int, generator: torch.Generator) -> Batch:
