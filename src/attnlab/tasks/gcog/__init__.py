@@ -1,0 +1,1 @@
+"""gCOG: questions about a grid of objects, joined by if, then and else."""
