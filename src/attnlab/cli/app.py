@@ -20,6 +20,7 @@ COMMANDS = {
     "check": "attnlab.cli.check:check",
     "compare": "attnlab.cli.compare:compare",
     "bench": "attnlab.cli.bench:bench",
+    "train": "attnlab.cli.train:train",
     "recommend": "attnlab.cli.recommend:recommend",
     "report": "attnlab.cli.report:report",
     "papers": "attnlab.cli.papers:papers_command",

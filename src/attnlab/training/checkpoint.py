@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,13 @@ def load(path: Path_) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(facts)
 
 
-def pack(model: nn.Module, optimizer: torch.optim.Optimizer, generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:
-    """Everything that changes in training, by name."""
+def pack(model: nn.Module, optimizer: torch.optim.Optimizer, states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Everything that changes in training, by name; ``states`` are those of each process's generators."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()})
-    tensors.update({f"generator.{name}": generator.get_state() for name, generator in generators.items()})
+    for rank, own in enumerate(states):
+        tensors.update({f"generator.{rank}.{name}": state for name, state in own.items()})
     return tensors
 
 
@@ -71,8 +72,9 @@ def unpack(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     generators: Mapping[str, torch.Generator],
+    rank: int = 0,
 ) -> None:
-    """Put back what `pack` gave.
+    """Put back what `pack` gave; of generators, those of one process.
 
     Raises:
         ValueError: if the generators differ from those saved.
@@ -86,8 +88,9 @@ def unpack(
             _, index, key = name.split(".", 2)
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({**saved, "state": state})
-    found = {name[10:] for name in tensors if name.startswith("generator.")}
+    prefix = f"generator.{rank}."
+    found = {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
     if found != set(generators):
         raise ValueError(f"checkpoint: expected the generators {sorted(generators)}, got {sorted(found)}")
     for name, generator in generators.items():
-        generator.set_state(tensors[f"generator.{name}"])
+        generator.set_state(tensors[prefix + name])

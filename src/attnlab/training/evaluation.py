@@ -10,6 +10,7 @@ from torch import nn
 
 from attnlab.models.sampling import evaluating
 from attnlab.tasks.contract import Split, Task
+from attnlab.training.distributed import Processes
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -29,6 +30,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     autocast: torch.dtype | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, float]:
     """Mean metrics of ``model`` over all examples of ``split``, in evaluation mode; the mode is put back afterwards.
 
@@ -38,14 +40,20 @@ def evaluate(
         split: "valid" or "test".
         batch_size: examples at a time.
         autocast: dtype of mixed precision, or None.
+        processes: those that share the work, and all get the same; None is this one alone.
     """
-    device = device_of(model)
+    device, together = device_of(model), processes or Processes()
+    own: dict[int, dict[str, tuple[float, float]]] = {}
     sums: defaultdict[str, float] = defaultdict(float)
     counts: defaultdict[str, float] = defaultdict(float)
     with evaluating(model), precision(device, autocast):
-        for batch in task.eval_batches(batch_size, split):
-            batch = batch.to(device)
-            for name, (total, count) in task.metrics(batch.through(model), batch).items():
-                sums[name] += total
-                counts[name] += count
+        for number, batch in enumerate(task.eval_batches(batch_size, split)):
+            if number % together.size == together.rank:
+                batch = batch.to(device)
+                own[number] = task.metrics(batch.through(model), batch)
+    found = {number: metrics for part in together.gather(own) for number, metrics in part.items()}
+    for number in sorted(found):  # in their order, so that sums round as those of one process
+        for name, (total, count) in found[number].items():
+            sums[name] += total
+            counts[name] += count
     return {name: sums[name] / counts[name] for name in sums}

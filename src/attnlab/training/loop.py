@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from attnlab.tasks.contract import Split, Task
+from attnlab.training.distributed import Processes
 from attnlab.training.evaluation import evaluate
 from attnlab.training.result import LogRow, TrainResult
 from attnlab.training.run import Recipe, Run
@@ -28,6 +30,7 @@ def train(
     clip: float | None = 1.0,
     autocast: torch.dtype | None = None,
     auxiliary: Mapping[str, float] | None = None,
+    accumulate: int = 1,
     log_every: int = 20,
     callback: Callable[[LogRow], None] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -35,6 +38,7 @@ def train(
     time_limit: float | None = None,
     eval_split: Split | None = "valid",
     eval_batch_size: int = 64,
+    accelerator: Any = None,
 ) -> TrainResult:
     """Train ``model`` in place, where its parameters are; a loss or gradient that is not finite ends it, without an exception.
 
@@ -51,20 +55,27 @@ def train(
         clip: global gradient norm to clip to, or None.
         autocast: dtype of mixed precision, or None.
         auxiliary: weights of losses that the model's parts emit, by name: ``{"balance_loss": 0.01}`` for routers.
+        accumulate: pieces that each process's examples of a step are run in, one after the other; the step is that of all.
         log_every: steps between rows of the history.
-        callback: called with each row as it is logged.
+        callback: called with each row as it is logged, in the main process.
         checkpoint: a file; if it is there, training goes on from it, on CPU bit-equal to a run that was never stopped.
             It is written every ``checkpoint_every`` steps, at the time limit, and at the end.
         checkpoint_every: steps between checkpoints.
         time_limit: seconds after which this call stops with status "time_limit".
         eval_split: what the final evaluation reads, or None for no evaluation.
         eval_batch_size: examples a batch of it.
+        accelerator: an `accelerate.Accelerator`, whose processes train the model together: ``batch_size`` is that of all of them,
+            and the loss follows that of one process, up to rounding and what the model draws. The model is moved to its device
+            and begins as the main process's. Its mixed precision counts where ``autocast`` is None.
 
     Raises:
         ValueError: for an argument out of range, or a checkpoint of another run.
     """
-    recipe = Recipe(steps, batch_size, learning_rate, weight_decay, warmup, schedule, seed, clip, autocast, dict(auxiliary or {}))
-    run = Run(model, task, recipe, log_every, callback, checkpoint, checkpoint_every, time_limit)
+    processes = Processes(accelerator)
+    autocast = processes.autocast if autocast is None else autocast
+    rates = (learning_rate, weight_decay, warmup, schedule)
+    recipe = Recipe(steps, batch_size, *rates, seed, clip, autocast, dict(auxiliary or {}), accumulate)
+    run = Run(model, task, recipe, log_every, callback, checkpoint, checkpoint_every, time_limit, processes)
     if not run.execute() or eval_split is None:
         return run.result({})
-    return run.result(evaluate(model, task, eval_split, batch_size=eval_batch_size, autocast=autocast))
+    return run.result(evaluate(model, task, eval_split, batch_size=eval_batch_size, autocast=autocast, processes=processes))

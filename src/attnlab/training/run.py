@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from attnlab.core.record import record
 from attnlab.tasks.contract import Batch, Task
 from attnlab.training import checkpoint as checkpoints
+from attnlab.training.distributed import Processes, targets_in
 from attnlab.training.evaluation import device_of, precision
 from attnlab.training.optimizer import SCHEDULES, make_optimizer, rate_factor
 from attnlab.training.result import LogRow, Status, TrainResult
@@ -37,10 +38,13 @@ class Recipe:
     clip: float | None
     autocast: torch.dtype | None
     auxiliary: dict[str, float]
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"steps, batch_size: expected positive integers, got {self.steps} and {self.batch_size}")
+        if not 1 <= self.accumulate <= self.batch_size:
+            raise ValueError(f"accumulate: expected 1 to batch_size={self.batch_size}, got {self.accumulate}")
         if self.learning_rate <= 0.0 or self.weight_decay < 0.0 or not 0.0 <= self.warmup <= 1.0:
             raise ValueError(
                 "learning_rate, weight_decay, warmup: expected > 0, >= 0 and in [0, 1], "
@@ -76,6 +80,7 @@ class Run:
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int | None = None,
         time_limit: float | None = None,
+        processes: Processes | None = None,
     ) -> None:
         for name, value in (("log_every", log_every), ("checkpoint_every", checkpoint_every)):
             if value is not None and value < 1:
@@ -84,6 +89,13 @@ class Run:
         self.log_every, self.callback = log_every, callback
         self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
         self.time_limit = math.inf if time_limit is None else time_limit
+        self.processes = processes or Processes()
+        if recipe.batch_size < self.processes.size * recipe.accumulate:
+            raise ValueError(
+                f"batch_size: expected an example for each of {self.processes.size} processes and {recipe.accumulate} pieces, "
+                f"got {recipe.batch_size}"
+            )
+        self.processes.place(model)
         self.device = device_of(model)
         self.optimizer = make_optimizer(model, recipe.learning_rate, recipe.weight_decay)
         self.progress = Progress()
@@ -99,7 +111,7 @@ class Run:
         training = {module: module.training for module in self.model.modules()}
         try:
             with self._generators() as generators:
-                if self.checkpoint is not None and Path(self.checkpoint).exists():
+                if self.processes.main_says(self.checkpoint is not None and Path(self.checkpoint).exists()):
                     self._load(generators)
                 self.model.train()
                 self._loop(generators)
@@ -119,7 +131,7 @@ class Run:
         batches = self.task.train_batches(self.recipe.batch_size, generators["data"])
         begun, before, done = time.perf_counter(), self.progress.seconds, self.progress
         while self.status == "finished" and done.step < self.recipe.steps:
-            if time.perf_counter() - begun >= self.time_limit:
+            if self.time_limit < math.inf and self.processes.main_says(time.perf_counter() - begun >= self.time_limit):
                 self.status = "time_limit"
                 break
             loss, norm, rate = self._step(next(batches))
@@ -141,34 +153,51 @@ class Run:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batch = batch.to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        with precision(self.device, self.recipe.autocast):
-            loss = self._loss(batch)
-        loss.backward()
+        loss = self.processes.add_up(self.model, self._backward(batch))
         limit = math.inf if self.recipe.clip is None else self.recipe.clip
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        value, size = torch.stack((loss.detach().float(), norm.float())).tolist()
+        value, size = torch.stack((loss.double(), norm.double())).tolist()
         if math.isfinite(value) and math.isfinite(size):
             self.optimizer.step()
             self.progress.tokens += batch.num_tokens
+        self.processes.share_buffers(self.model)
         return value, size, rate
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _backward(self, batch: Batch) -> Tensor:
+        """Gradients of this process's share of the batch's loss, piece by piece; the share."""
+        targets, share = targets_in(batch), torch.zeros((), device=self.device)
+        for piece in self.processes.pieces(batch, self.recipe.accumulate):
+            # The mean over a piece counts as much as it has targets: pieces and processes may have more or fewer.
+            weight = targets_in(piece) / targets if targets else math.nan
+            with precision(self.device, self.recipe.autocast):
+                loss = self._loss(piece.to(self.device), weight, len(piece) / len(batch))
+            if loss.requires_grad:
+                loss.backward()
+            share = share + loss.detach()
+        return share
+
+    def _loss(self, batch: Batch, weight: float, part: float) -> Tensor:
+        """The loss with its weight, and auxiliary losses with theirs times the part of the examples that these are."""
         if not self.recipe.auxiliary:
-            return self.task.loss(batch.through(self.model), batch)
+            return self._of_task(batch, weight)
         with record(self.model, only=list(self.recipe.auxiliary)) as tape:
-            loss = self.task.loss(batch.through(self.model), batch)
-        for name, weight in self.recipe.auxiliary.items():
-            loss = loss + weight * sum(value.float() for value in tape.matching(f"/{name}").values())
+            loss = self._of_task(batch, weight)
+        for name, factor in self.recipe.auxiliary.items():
+            loss = loss + part * factor * sum(value.float() for value in tape.matching(f"/{name}").values())
         return loss
+
+    def _of_task(self, batch: Batch, weight: float) -> Tensor:
+        logits = batch.through(self.model)
+        # Where no target takes part the mean is 0/0; the model has run all the same, so that it draws what it would draw.
+        return weight * self.task.loss(logits, batch) if weight else 0.0 * logits.sum()
 
     def _log(self, norm: float, rate: float) -> None:
         done = self.progress
         row = LogRow(done.step, done.loss_sum / done.loss_count, rate, norm, done.seconds)
         done.loss_sum, done.loss_count = 0.0, 0
         self.history.append(row)
-        if self.callback is not None:
+        if self.callback is not None and self.processes.main:
             self.callback(row)
 
     @contextmanager
@@ -181,7 +210,8 @@ class Run:
                 found["cuda"] = torch.cuda.default_generators[cuda[0]]
             for name in ("torch", "cuda"):
                 if name in found:
-                    found[name].manual_seed(2 * self.recipe.seed + 1)
+                    # What other processes draw is for other examples.
+                    found[name].manual_seed(2 * self.recipe.seed + 1 + 2**32 * self.processes.rank)
             for path, module in self.model.named_modules():
                 own = getattr(module, "generator", None)
                 if isinstance(own, torch.Generator) and all(own is not other for other in found.values()):
@@ -193,18 +223,30 @@ class Run:
         recipe = asdict(self.recipe)
         recipe["autocast"] = None if self.recipe.autocast is None else str(self.recipe.autocast)
         model = hashlib.sha256(repr(self.model).encode()).hexdigest()[:16]
-        return {"task": self.task.info.name, "data": self.task.fingerprint(), "model": model, **recipe}
+        return {
+            "task": self.task.info.name,
+            "data": self.task.fingerprint(),
+            "model": model,
+            "processes": self.processes.size,
+            **recipe,
+        }
 
     def _save(self, generators: dict[str, torch.Generator]) -> None:
         if self.checkpoint is None:
             return
+        states = self.processes.gather({name: generator.get_state() for name, generator in generators.items()})
+        if self.processes.main:
+            self._write(self.checkpoint, states)
+        self.processes.wait()
+
+    def _write(self, path: str | os.PathLike[str], states: list[dict[str, Tensor]]) -> None:
         facts = {
             "run": self._identity(),
             "status": self.status,
             "progress": asdict(self.progress),
             "history": [asdict(row) for row in self.history],
         }
-        checkpoints.save(self.checkpoint, checkpoints.pack(self.model, self.optimizer, generators), facts)
+        checkpoints.save(path, checkpoints.pack(self.model, self.optimizer, states), facts)
 
     def _load(self, generators: dict[str, torch.Generator]) -> None:
         tensors, facts = checkpoints.load(self.checkpoint)  # type: ignore[arg-type]
@@ -212,7 +254,7 @@ class Run:
         if differing := sorted(name for name in wanted if wanted[name] != found.get(name)):
             told = ", ".join(f"{name}: expected {wanted[name]!r}, got {found.get(name)!r}" for name in differing)
             raise ValueError(f"checkpoint: {self.checkpoint} belongs to another run ({told}); give another file")
-        checkpoints.unpack(tensors, self.model, self.optimizer, generators)
+        checkpoints.unpack(tensors, self.model, self.optimizer, generators, self.processes.rank)
         self.progress = Progress(**facts["progress"])
         self.history = [LogRow(**row) for row in facts["history"]]
         self.status = "diverged" if facts["status"] == "diverged" else "finished"

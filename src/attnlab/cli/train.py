@@ -1,0 +1,127 @@
+"""``attnlab train``: one model on one task, in one process or several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Console
+
+from attnlab.cli.console import print_json
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+def train(
+    task: Annotated[str, typer.Argument(help="A registered task.")],
+    mixer: Annotated[str, typer.Argument(help="A registered mixer.")],
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps [default: the task's].", show_default=False)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Examples a step, of all processes together [default: the task's].", show_default=False)
+    ] = None,
+    accumulate: Annotated[int, typer.Option(help="Pieces in which a process runs its examples of a step.")] = 1,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate [default: the middle of the task's].", show_default=False)
+    ] = None,
+    parameters: Annotated[int | None, typer.Option(help="Size of the model [default: the task's].", show_default=False)] = None,
+    depth: Annotated[int | None, typer.Option(help="Blocks [default: the task's].", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Of parameters and batches.")] = 0,
+    precision: Annotated[str, typer.Option(help="float32, or bfloat16 for mixed precision.")] = "float32",
+    checkpoint: Annotated[
+        str | None, typer.Option(help="A .safetensors file; if it is there, training goes on from it.", show_default=False)
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints [default: a tenth of all].", show_default=False)
+    ] = None,
+    log_every: Annotated[int, typer.Option(help="Steps between lines.")] = 20,
+    task_option: Annotated[
+        list[str] | None, typer.Option("--task-option", help="NAME=VALUE, any number of times.", show_default=False)
+    ] = None,
+    mixer_option: Annotated[
+        list[str] | None, typer.Option("--mixer-option", help="NAME=VALUE, any number of times.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")] = False,
+) -> None:
+    """Train the reference model of a task, in which only the mixer is chosen, and evaluate it.
+
+    Under torchrun or accelerate launch the processes split each batch (extra: attnlab[accelerate]); the loss is that of one.
+    With --checkpoint, the same command goes on where it was killed.
+
+    Examples: attnlab train recall delta_net --steps 500 --checkpoint runs/recall.safetensors;
+    torchrun --nproc-per-node 2 -m attnlab train recall delta_net;
+    accelerate launch --cpu --num_processes 2 -m attnlab train recall delta_net --precision bfloat16 --accumulate 4
+
+    Exit code 0: trained; 1: the loss was not finite; 2: bad usage.
+    """
+    import torch
+
+    from attnlab.tasks import create_task, reference_model
+    from attnlab.training import train as run
+
+    if precision not in PRECISIONS:
+        raise typer.BadParameter(f"--precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    chosen = create_task(task, **options(task_option))
+    budget, accelerator = chosen.default_budget, launched()
+    built = reference_model(chosen, mixer, mixer_options=options(mixer_option), parameters=parameters, depth=depth, seed=seed)
+    steps = budget.steps if steps is None else steps
+    main = accelerator is None or accelerator.is_main_process
+    screen = Console(stderr=True, highlight=False, quiet=not main)
+    screen.print(f"{mixer} on {task}: {built.parameters} parameters, {steps} steps", markup=False)
+    found = run(
+        cast(torch.nn.Module, built.model),
+        chosen,
+        steps=steps,
+        batch_size=budget.batch_size if batch_size is None else batch_size,
+        learning_rate=budget.learning_rates[len(budget.learning_rates) // 2] if lr is None else lr,
+        weight_decay=budget.weight_decay,
+        warmup=budget.warmup,
+        seed=seed,
+        autocast=torch.bfloat16 if precision == "bfloat16" else None,
+        accumulate=accumulate,
+        log_every=log_every,
+        callback=lambda row: screen.print(f"step {row.step}: loss {row.loss:.4f}, {row.seconds:.1f} s", markup=False),
+        checkpoint=checkpoint,
+        checkpoint_every=max(1, steps // 10) if checkpoint_every is None else checkpoint_every,
+        accelerator=accelerator,
+    )
+    if main:
+        curve = [[row.step, row.loss] for row in found.history]
+        outcome = {"status": found.status, "steps": found.steps, "seconds": found.seconds, "metrics": found.metrics}
+        if as_json:
+            print_json({**outcome, "curve": curve, "parameters": built.parameters})
+        else:
+            told = ", ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
+            print(f"{found.status} after {found.steps} steps, {found.seconds:.1f} s: {told}")
+    if accelerator is not None:
+        accelerator.end_training()
+    if found.status == "diverged":
+        raise typer.Exit(1)
+
+
+def launched() -> Any:
+    """The accelerator of the processes that a launcher has started; None without one."""
+    if not {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):
+        return None
+    import torch
+
+    from attnlab.training.distributed import make_accelerator
+
+    return make_accelerator(cpu=not torch.cuda.is_available())
+
+
+def options(given: Sequence[str] | None) -> dict[str, Any]:
+    """``NAME=VALUE`` texts as a mapping; values are JSON where they can be, else texts."""
+    import json
+
+    found: dict[str, Any] = {}
+    for text in given or ():
+        name, sign, value = text.partition("=")
+        if not (name and sign):
+            raise typer.BadParameter(f"expected NAME=VALUE, got {text!r}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
