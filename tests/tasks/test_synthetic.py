@@ -8,7 +8,7 @@ import torch
 from attnlab.tasks import IGNORE, create_task
 from attnlab.tasks.synthetic.copying import ASK, MARK, NOISE
 from attnlab.tasks.synthetic.induction import TRIGGER
-from attnlab.tasks.synthetic.needle import _insert
+from attnlab.tasks.synthetic.insertion import insert
 
 
 def drawn(name, examples=100, **options):
@@ -75,8 +75,8 @@ def test_depth_places_the_needle(depth, place):
 def test_insertion_keeps_both_orders():
     hay = torch.arange(5)[None]
     lines = [torch.tensor([[10, 11]]), torch.tensor([[20, 21]])]
-    assert _insert(hay, lines, torch.tensor([[2, 2]])).tolist() == [[0, 1, 10, 11, 20, 21, 2, 3, 4]]
-    assert _insert(hay, lines, torch.tensor([[5, 0]])).tolist() == [[20, 21, 0, 1, 2, 3, 4, 10, 11]]
+    assert insert(hay, lines, torch.tensor([[2, 2]])).tolist() == [[0, 1, 10, 11, 20, 21, 2, 3, 4]]
+    assert insert(hay, lines, torch.tensor([[5, 0]])).tolist() == [[20, 21, 0, 1, 2, 3, 4, 10, 11]]
 
 
 @pytest.mark.parametrize("name", ["copy", "selective_copy"])

@@ -24,8 +24,8 @@ class Anomalies(GeneratedTask):
     r"""Series of several channels, of which some have an anomalous stretch; the answer is whether one has.
 
     Channel c of a series is $a_c \sin(2\pi f t/n + \varphi_c) + \sigma\epsilon$ at n steps, with one frequency f of 2 to 5
-    periods, amplitudes of 0.5 to 1.5 and phases of its own. In an anomalous series one channel changes for a stretch of ``length``
-    steps: a spike in its middle (+2), a shift of the level (+1), standing still, double the frequency, or noise of
+    periods, amplitudes of 0.5 to 1.5 and phases of its own. In an anomalous series one channel changes for a stretch of
+    ``length`` steps: a spike in its middle (+2), a shift of the level (+1), standing still, double the frequency, or noise of
     $4\sigma + 0.2$. ``patch`` steps of all channels are a token. Ranking scores (`ranking_scores`) do not depend on how rare
     anomalies are.
 

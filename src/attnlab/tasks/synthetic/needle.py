@@ -14,6 +14,7 @@ from attnlab.tasks.corpus import load_corpus
 from attnlab.tasks.generated import GeneratedTask
 from attnlab.tasks.registry import tasks
 from attnlab.tasks.synthetic.answers import answer_scores, frequent
+from attnlab.tasks.synthetic.insertion import insert
 
 _LETTERS, _DIGITS = ord("A"), ord("0")
 
@@ -110,7 +111,7 @@ class Needle(GeneratedTask):
             places[:, 0] = round(self.depth * self.room)
         before, equals, after = _bytes("\n#", count), _bytes("=", count), _bytes("\n", count)
         lines = [torch.cat((before, keys[:, i], equals, values[:, i], after), 1) for i in range(self.num_needles)]
-        text = _insert(hay, lines, places)
+        text = insert(hay, lines, places)
         sequence = torch.cat((text, _bytes("#", count), keys[:, 0], equals, values[:, 0]), 1)
         targets = torch.full((count, self.seq_len), IGNORE)
         targets[:, -self.value_length :] = values[:, 0]
@@ -128,13 +129,3 @@ class Needle(GeneratedTask):
         """Accuracy of guessing a digit, of the most frequent, and of reading the value of any needle."""
         any_needle = {} if self.num_needles == 1 else {"any_needle": (1.0 + 0.1 * (self.num_needles - 1)) / self.num_needles}
         return {"any_digit": 0.1, "frequent": frequent(self.examples(split)), **any_needle}
-
-
-def _insert(hay: Int[Tensor, "b t"], lines: list[Int[Tensor, "b l"]], places: Int[Tensor, "b k"]) -> Int[Tensor, "b n"]:
-    """Each line put before the byte of ``hay`` that its place names; of lines with the same place, the first comes first."""
-    count, room = hay.shape
-    pieces = torch.cat((hay, *lines), 1)
-    of_hay = 2 * torch.arange(room).expand(count, -1) + 1
-    of_lines = (2 * places).repeat_interleave(lines[0].shape[1], 1)
-    order = torch.cat((of_hay, of_lines), 1).argsort(dim=1, stable=True)
-    return pieces.gather(1, order)

@@ -1,0 +1,1 @@
+"""Long-context tasks of controlled length, dispersion and number of queries, in symbols that small models learn."""
