@@ -41,6 +41,22 @@ def find() -> str | None:
 
 def run(target: str | Path, *arguments: str, seconds: float = 60.0) -> str:
     """Open a file or an address with further arguments; returns the browser's log. Skips the test where no browser is."""
+    return _open(target, *arguments, seconds=seconds).stderr
+
+
+def played(page: Path, script: str, *, width: int = 1280, height: int = 900, seconds: float = 120.0) -> tuple[str, list[str]]:
+    """What a page is after its scripts and then ``script`` have run, and all that it said on its console.
+
+    The script runs in a copy of the page beside it, once that has loaded.
+    """
+    copy = page.with_name(f"played-{page.name}")
+    text = page.read_text(encoding="utf-8")
+    copy.write_text(f"{text}\n<script>addEventListener('load', async () => {{ {script} }});</script>", encoding="utf-8")
+    done = _open(copy, "--dump-dom", f"--window-size={width},{height}", seconds=seconds)
+    return done.stdout, _said(done.stderr)
+
+
+def _open(target: str | Path, *arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:
     browser = find()
     if browser is None:
         pytest.skip("no chromium is installed")
@@ -50,12 +66,15 @@ def run(target: str | Path, *arguments: str, seconds: float = 60.0) -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, errors="replace")
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return done.stderr
+    return done
 
 
 def console_errors(target: str | Path) -> list[str]:
     """All that a page says on its console: the log does not tell errors from other messages, and our pages say nothing."""
-    log = run(target, "--dump-dom", "--window-size=1280,900")
+    return _said(run(target, "--dump-dom", "--window-size=1280,900"))
+
+
+def _said(log: str) -> list[str]:
     return [f"{match[1]} ({match[2]})" for line in _LINE_START.split(log) if (match := _CONSOLE.search(line))]
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
+import html
 import html.parser
 import json
 import re
 import shutil
-import subprocess
 
 import pytest
 import torch
 
+import browser
 from attnlab.compare import Citation, compare, make_report
 from attnlab.compare.ledger import Ledger
 from attnlab.compare.run import LEDGER
@@ -45,7 +46,7 @@ def results(tmp_path_factory):
 def test_everything_runs_and_ties(results):
     summary = results.summary
     assert results.ok, (summary.failures, summary.ties, [dict(cost.gate) for cost in summary.costs.values()])
-    assert summary.counts == {"finished": 32, "expected": 32}
+    assert summary.counts == {"finished": 37, "expected": 37}
     assert [tie.holds for tie in summary.ties] == [True, True]
     assert all(0 < tie.distance < 1e-4 for tie in summary.ties), "two backends ran, and rounded differently"
     assert {score.state for score in summary.scores} == {"scored", "excluded"}
@@ -79,7 +80,7 @@ def test_a_second_run_computes_nothing(results):
     again = compare(suite(), results.folder, citations=CITATIONS, command="attnlab compare --suite tiny")
     with Ledger(results.folder / LEDGER) as ledger:
         after = len([event for event in ledger.events() if event["kind"] == "claimed"])
-    assert before == after == 32
+    assert before == after == 37
     assert again.summary.scores == results.summary.scores
 
 
@@ -173,20 +174,52 @@ def test_a_report_can_be_made_of_an_unfinished_run(results, tmp_path):
         make_report(tmp_path / "nowhere")
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 def test_a_browser_draws_the_report_without_an_error(results, tmp_path):
     page = results.report.read_text(encoding="utf-8")
     opened = tmp_path / "page.html"
     opened.write_text(page.replace("<details>", "<details open>"), encoding="utf-8")
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --disable-extensions --enable-logging=stderr --v=0 --virtual-time-budget=10000"
-    )
-    command = [BROWSER, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,9000", "--dump-dom"]
-    done = subprocess.run([*command, opened.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    drawn = done.stdout.count("js-plotly-plot")
-    assert drawn >= page.count('class="plot"') > 10, "every picture is drawn"
+    dom, said = browser.played(opened, "", width=1200, height=9000)
+    assert said == []
+    assert dom.count("js-plotly-plot") >= page.count('class="plot"') > 10, "every picture is drawn"
+
+
+CONTROLS = """
+const form = document.querySelector('#results .filter'), pair = document.querySelector('#pair .filter');
+const rows = () => [...document.querySelectorAll('.sortable tbody:first-of-type tr')];
+const shown = () => rows().filter((row) => !row.hidden).map((row) => row.dataset.mixer).join(' ');
+const change = (control, value, kind) => { control.value = value; control.dispatchEvent(new Event(kind, {bubbles: true})); };
+const found = {};
+change(form.flag, 'streaming', 'input');
+found.flag = shown();
+found.cards = [...document.querySelectorAll('.card')].filter((card) => !card.hidden).length;
+change(form.flag, '', 'input'); change(form.text, 'POOL', 'input');
+found.text = shown(); found.told = form.querySelector('output').textContent;
+form.reset(); await new Promise((done) => setTimeout(done, 20));
+found.reset = shown();
+const button = document.querySelector('.sortable thead button'); button.click(); found.sorted = shown();
+button.click(); found.reversed = shown();
+const tip = document.getElementById('tip'), link = rows()[0].querySelector('a');
+link.dispatchEvent(new MouseEvent('mouseenter')); found.tip = tip.hidden ? '' : tip.textContent;
+link.dispatchEvent(new MouseEvent('mouseleave')); found.gone = tip.hidden;
+change(pair.second, 'pooling', 'change');
+found.pair = [...document.querySelectorAll('table.pair thead th')].map((cell) => cell.textContent).join(' ').trim();
+found.rows = document.querySelectorAll('table.pair tbody tr').length;
+found.better = document.querySelectorAll('table.pair td.better').length;
+const pixels = (canvas) => canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+found.painted = [...document.querySelectorAll('canvas')].every((canvas) => pixels(canvas).some((value) => value > 0));
+found.canvases = document.querySelectorAll('canvas').length;
+document.body.dataset.found = JSON.stringify(found);
+"""
+
+
+def test_the_controls_of_the_report_work(results):
+    dom, said = browser.played(results.report, CONTROLS)
+    assert said == []
+    found = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', dom)[1]))
+    assert (found["flag"], found["cards"]) == ("softmax mamba", 2)
+    assert (found["text"], found["told"]) == ("pooling", "1 of 3 shown")
+    assert found["reset"] == "softmax mamba pooling"
+    assert (found["sorted"], found["reversed"]) == ("mamba pooling softmax", "softmax pooling mamba")
+    assert "softmax" in found["tip"].lower() and "streaming" in found["tip"] and found["gone"] is True
+    assert found["pair"] == "softmax pooling" and found["rows"] >= 10 and found["better"] >= 3
+    assert found["painted"] is True and found["canvases"] == 5, "one a trained mixer and layer"

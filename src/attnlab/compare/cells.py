@@ -14,8 +14,8 @@ import torch
 
 import attnlab.core
 
-Kind = Literal["train", "test", "rounding", "timing"]
-Role = Literal["sweep", "seed", "test", "control", "rounding", "timing"]
+Kind = Literal["train", "test", "matrix", "rounding", "timing"]
+Role = Literal["sweep", "seed", "test", "matrix", "control", "rounding", "timing"]
 
 # The rooms whose code decides the numbers of a cell; a change in the report or the command line runs nothing again.
 ROOMS = ("core", "ops", "positions", "mixers", "channel_mixers", "models", "tasks", "training")
@@ -27,6 +27,7 @@ class Cell:
 
     Args:
         kind: "train" (one training run, scored on the validation split), "test" (the test split by a trained model),
+            "matrix" (what a trained model attends to on one example),
             "rounding" (one step of softmax through two backends), or "timing" (one mixer's gate, times and memory).
         spec: everything that determines the result, as JSON can hold it.
     """

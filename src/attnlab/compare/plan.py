@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from attnlab.compare.cells import Cell, Member, Role, canonical, code_version
 from attnlab.compare.layers import can_be_causal
@@ -132,8 +132,8 @@ class Plan:
         """Every cell that can be named now, those that the run has already included.
 
         First the sweep; when a pair's sweep is done, its best rate on the validation split decides the cells of the other seeds;
-        when a run at that rate is done, its one evaluation on the test split follows. Softmax at its best rate is trained once
-        more, through the reference backend.
+        when a run at that rate is done, its one evaluation on the test split follows, and of seed 0 its matrices. Softmax at its
+        best rate is trained once more, through the reference backend.
         """
         index = {(row.member.role, row.member.task, row.member.mixer, row.key): row for row in rows}
         members: list[Member] = []
@@ -151,7 +151,9 @@ class Plan:
             for member in (self.train("sweep", task, mixer, best, SWEEP_SEED), *seeds):
                 row = index.get((member.role, member.task, member.mixer, member.cell.key))
                 if row is not None and row.result is not None and row.result["status"] == "finished":
-                    members.append(self.test(member))
+                    members.append(self.of_trained("test", member))
+                    if member.cell.spec["seed"] == SWEEP_SEED and mixer_info(mixer.name).supports.mixing_matrix:
+                        members.append(self.of_trained("matrix", member))
         return members + self._rounding() + self._timings()
 
     def expected(self) -> dict[Role, int]:
@@ -162,6 +164,7 @@ class Plan:
             "sweep": sum(len(task.budget["learning_rates"]) for task, _ in self.pairs),
             "seed": pairs * (self.suite.seeds - 1),
             "test": pairs * self.suite.seeds,
+            "matrix": sum(mixer_info(mixer.name).supports.mixing_matrix for _, mixer in self.pairs),
             "control": controls,
             "rounding": controls,
             "timing": len(self._timings()),
@@ -175,10 +178,10 @@ class Plan:
         return Member(role, task.label, mixer.label, Cell("train", spec))
 
     @staticmethod
-    def test(trained: Member) -> Member:
-        """The evaluation of a training run on the test split."""
+    def of_trained(kind: Literal["test", "matrix"], trained: Member) -> Member:
+        """The evaluation of a training run on the test split, or its matrices."""
         spec = {**trained.cell.spec, "trained": trained.cell.key}
-        return Member("test", trained.task, trained.mixer, Cell("test", spec))
+        return Member(kind, trained.task, trained.mixer, Cell(kind, spec))
 
     def _rounding(self) -> list[Member]:
         if not self.suite.control:

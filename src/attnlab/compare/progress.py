@@ -14,7 +14,15 @@ from attnlab.compare.cells import Role
 from attnlab.compare.ledger import Row
 
 # Seconds a cell of each role where none has finished yet; replaced by what is measured as soon as there is something.
-GUESS: Mapping[Role, float] = {"sweep": 6.0, "seed": 6.0, "test": 0.3, "control": 8.0, "rounding": 0.5, "timing": 6.0}
+GUESS: Mapping[Role, float] = {
+    "sweep": 6.0,
+    "seed": 6.0,
+    "test": 0.3,
+    "matrix": 0.2,
+    "control": 8.0,
+    "rounding": 0.5,
+    "timing": 6.0,
+}
 
 
 class Silent:

@@ -101,6 +101,7 @@ class Summary:
         overall: each mixer against softmax over all tasks.
         failures: cells that failed: label and error.
         counts: cells by status, and "expected".
+        gallery: for each pair of task and mixer the matrices of its trained layers, as `attnlab.compare.matrices` gives them.
     """
 
     facts: Mapping[str, Any]
@@ -112,6 +113,7 @@ class Summary:
     overall: tuple[Overall, ...]
     failures: tuple[tuple[str, str], ...]
     counts: dict[str, int] = field(default_factory=dict)
+    gallery: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
 
     def score(self, task: str, mixer: str) -> Score:
         """The score of a pair; KeyError if the run has no such pair."""
@@ -168,6 +170,11 @@ def summarise(facts: Mapping[str, Any], rows: Sequence[Row]) -> Summary:
         _overall(tasks, scores, _reference(mixers)),
         tuple((row.member.cell.label, row.error or "") for row in rows if row.status == "failed"),
         {**{status: statuses.count(status) for status in sorted(set(statuses))}, "expected": sum(facts["expected"].values())},
+        {
+            (row.member.task, row.member.mixer): row.result["layers"]
+            for row in rows
+            if row.member.role == "matrix" and row.result is not None
+        },
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from attnlab.compare.cells import Cell
 from attnlab.compare.control import rounding
 from attnlab.compare.layers import Layer
+from attnlab.compare.matrices import matrices
 from attnlab.compare.measure import measure
 from attnlab.compare.plan import build_model, load_task
 from attnlab.compare.suites import Timing
@@ -44,13 +45,13 @@ def perform(cell: Cell, weights: Callable[[str], bytes], check: Callable[[], Non
         weights: gives the parameters that a training cell ended with, by its key.
         check: called every now and then; raises `Interrupted` to stop.
     """
-    work = {"train": _train, "test": _test, "rounding": _rounding, "timing": _timing}[cell.kind]
+    work = {"train": _train, "test": _test, "matrix": _matrix, "rounding": _rounding, "timing": _timing}[cell.kind]
     return work(cell.spec, weights, check)
 
 
 def needs(cell: Cell) -> tuple[str, ...]:
     """Keys of the training cells whose parameters the work of ``cell`` reads."""
-    if cell.kind == "test":
+    if cell.kind in ("test", "matrix"):
         return (cell.spec["trained"],)
     if cell.kind == "train" and cell.spec["backend"] != "auto":
         return (_counterpart(cell.spec),)
@@ -122,6 +123,13 @@ def _test(spec: Mapping[str, Any], weights: Callable[[str], bytes], check: Calla
     model.load_state_dict(load(weights(spec["trained"])))
     task = load_task(spec["task"]["name"], spec["task"]["options"])
     return Done({"metrics": finite(evaluate(model, task, "test"))})
+
+
+def _matrix(spec: Mapping[str, Any], weights: Callable[[str], bytes], check: Callable[[], None]) -> Done:
+    model = cast(nn.Module, _model(spec).model)
+    model.load_state_dict(load(weights(spec["trained"])))
+    task = load_task(spec["task"]["name"], spec["task"]["options"])
+    return Done({"layers": matrices(model.eval(), next(task.eval_batches(1, "valid")))})
 
 
 def _rounding(spec: Mapping[str, Any], weights: Callable[[str], bytes], check: Callable[[], None]) -> Done:

@@ -35,17 +35,18 @@ class Citation:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the page: its identifier, what it shows in words, and the figure as JSON."""
+    """A figure of the page: its identifier, what it shows in words, the figure as JSON, and the mixer if it shows one alone."""
 
     name: str
     heading: str
     description: str
     json: str
+    mixer: str = ""
 
     @classmethod
-    def of(cls, name: str, heading: str, description: str, figure: go.Figure) -> Picture:
+    def of(cls, name: str, heading: str, description: str, figure: go.Figure, mixer: str = "") -> Picture:
         """Serialise a figure so that it can stand inside a script element."""
-        return cls(name, heading, description, figure.to_json().replace("</", "<\\/"))
+        return cls(name, heading, description, figure.to_json().replace("</", "<\\/"), mixer)
 
 
 def write_report(path: Path, summary: Summary, *, citations: Mapping[str, Citation]) -> None:
@@ -88,6 +89,8 @@ def render(summary: Summary, citations: Mapping[str, Citation]) -> str:
         speeds=[(form, list(_speed_pictures(summary, styles, form))) for form in (True, False)],
         inference=[(text, list(_inference_pictures(summary, styles, direction))) for direction, text in INFERENCE.items()],
         training=list(_training_pictures(summary, styles)),
+        gallery=_gallery(summary),
+        filters=_filters(summary),
         cards=[_card(summary, name, styles[name], citations) for name in summary.mixers],
         metric_name=words.metric_name,
         css=folder.joinpath("style.css").read_text(encoding="utf-8"),
@@ -133,7 +136,7 @@ def _speed_pictures(summary: Summary, styles: dict[str, Style], causal: bool) ->
         crossing = cost.crossover("training")
         if cost.causal == causal and crossing is not None and not _is_baseline(summary, name):
             figure = speed.time_figure(summary, cost, styles[name], "training", span)
-            yield Picture.of(f"speed-{name}", name, f"{name}: {crossing.sentence}", figure)
+            yield Picture.of(f"speed-{name}", name, f"{name}: {crossing.sentence}", figure, name)
 
 
 def _inference_pictures(summary: Summary, styles: dict[str, Style], direction: Direction) -> Iterator[Picture]:
@@ -142,7 +145,7 @@ def _inference_pictures(summary: Summary, styles: dict[str, Style], direction: D
         crossing = cost.crossover(direction)
         if crossing is not None and not _is_baseline(summary, name):
             figure = speed.time_figure(summary, cost, styles[name], direction, span)
-            yield Picture.of(f"{direction}-{name}", name, f"{name}: {crossing.sentence}", figure)
+            yield Picture.of(f"{direction}-{name}", name, f"{name}: {crossing.sentence}", figure, name)
 
 
 def _training_pictures(summary: Summary, styles: dict[str, Style]) -> Iterator[Picture]:
@@ -156,24 +159,42 @@ def _training_pictures(summary: Summary, styles: dict[str, Style]) -> Iterator[P
             yield Picture.of(f"curves-{label}", f"{label}: learning curves", text, quality.curves(summary, task, styles))
 
 
+def _gallery(summary: Summary) -> list[tuple[str, list[tuple[str, list[dict[str, Any]]]]]]:
+    """For each task the mixers with their layers' matrices, those without left out."""
+    found = []
+    for label in summary.tasks:
+        entries = [(name, layers) for name in summary.mixers if (layers := summary.gallery.get((label, name)))]
+        found += [(label, entries)] if entries else []
+    return found
+
+
+def _filters(summary: Summary) -> list[str]:
+    """What mechanisms can be filtered by: promises that some have and some have not."""
+    flags = [_flags(mixer["supports"]) for mixer in summary.mixers.values()]
+    return sorted({flag for own in flags for flag in own if not all(flag in other for other in flags)})
+
+
+def _flags(supports: Mapping[str, Any]) -> list[str]:
+    """What a mixer supports, a few words each."""
+    found = [
+        f"causal: {supports['causal']}",
+        f"state: {supports['state']}",
+        "cost: n" + {1: "", 2: "²", 3: "³"}.get(supports["cost"], f"^{supports['cost']:g}"),
+    ]
+    found += [
+        flag.replace("_", " ")
+        for flag in ("streaming", "cross", "pair_mask", "mixing_matrix", "permutation_equivariant")
+        if supports[flag]
+    ]
+    return [*found, "grid rank " + "/".join(str(rank) for rank in supports["grid"])]
+
+
 def _is_baseline(summary: Summary, name: str) -> bool:
     return summary.mixers[name]["name"] == REFERENCE and not summary.mixers[name]["options"]
 
 
 def _card(summary: Summary, name: str, style: Style, citations: Mapping[str, Citation]) -> dict[str, Any]:
     mixer = summary.mixers[name]
-    supports = mixer["supports"]
-    flags = [
-        f"causal: {supports['causal']}",
-        f"state: {supports['state']}",
-        "cost: n" + {1: "", 2: "²", 3: "³"}.get(supports["cost"], f"^{supports['cost']:g}"),
-    ]
-    flags += [
-        flag.replace("_", " ")
-        for flag in ("streaming", "cross", "pair_mask", "mixing_matrix", "permutation_equivariant")
-        if supports[flag]
-    ]
-    flags.append("grid rank " + "/".join(str(rank) for rank in supports["grid"]))
     lines = []
     for label, task in summary.tasks.items():
         score = summary.score(label, name)
@@ -197,7 +218,7 @@ def _card(summary: Summary, name: str, style: Style, citations: Mapping[str, Cit
         "mixer": mixer,
         "summary": words.plain_text(mixer["summary"]),
         "style": style,
-        "flags": flags,
+        "flags": _flags(mixer["supports"]),
         "lines": lines,
         "options": options,
         "citation": citations.get(mixer["paper"] or ""),
