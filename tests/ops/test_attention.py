@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnlab import UnknownNameError
 from attnlab.ops.attention import NORMALIZERS, ClippedSoftmax, Pairwise, TopKSoftmax, attention
@@ -169,3 +170,27 @@ def test_bad_input() -> None:
         attention(q, k, v, factor=Pairwise(keys=torch.zeros(4, 13, 5)))
     with pytest.raises(UnknownNameError, match="did you mean 'eager'"):
         attention(q, k, v, backend="eagre")
+
+
+@pytest.mark.parametrize("width", [4, 8, 40])
+def test_a_key_mask_beside_causality_makes_no_matrix(width):
+    """Weights of n x n would be what SDPA makes where its fused kernel steps aside."""
+    n = 300
+    q, k = (torch.randn(1, 2, n, 8) for _ in range(2))
+    v = torch.randn(1, 2, n, width)
+    with Sizes() as seen:
+        attention(q, k, v, causal=True, key_mask=torch.rand(1, n) > 0.2)
+    assert seen.largest < 2 * n * n
+
+
+class Sizes(TorchDispatchMode):
+    """The most numbers in a tensor that any operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out

@@ -66,13 +66,16 @@ def _causal_with_key_mask(
     scale: float,
 ) -> Float[Tensor, "b h n e"]:
     # One more column of q and k carries the key mask into the product, so that SDPA's own causal path serves and no n x n mask
-    # is made. The column is padded to eight to keep the rows aligned.
-    lowest = torch.finfo(q.dtype).min / 4
-    q_more = torch.zeros_like(q[..., :1]).expand(-1, -1, -1, 8).clone()
+    # is made. The column is padded to eight to keep the rows aligned, and the values as well: with widths that differ the fused
+    # kernel steps aside and n x n weights are made after all.
+    lowest, d, e = torch.finfo(q.dtype).min / 4, q.shape[-1], v.shape[-1]
+    more = max(8, e - d)
+    q_more = torch.zeros_like(q[..., :1]).expand(-1, -1, -1, more).clone()
     q_more[..., 0] = 1.0 / scale
-    k_more = torch.zeros_like(k[..., :1]).expand(-1, -1, -1, 8).clone()
+    k_more = torch.zeros_like(k[..., :1]).expand(-1, -1, -1, more).clone()
     k_more[..., 0] = torch.zeros_like(key_mask, dtype=k.dtype).masked_fill(~key_mask, lowest * min(scale, 1.0))[:, None]
-    out = _sdpa(torch.cat([q, q_more], -1), torch.cat([k, k_more], -1), v, scale=scale, is_causal=True)
+    values = F.pad(v, (0, d + more - e))
+    out = _sdpa(torch.cat([q, q_more], -1), torch.cat([k, k_more], -1), values, scale=scale, is_causal=True)[..., :e]
     empty = key_mask.cumsum(dim=1) == 0
     return out.masked_fill(empty[:, None, :, None], 0.0)
 
