@@ -116,6 +116,29 @@ def test_a_cell_that_kills_its_process_ends_as_failed(tmp_path):
         assert ledger.claim(run, ["train"]) is not None
 
 
+def test_deaths_in_other_runs_do_not_count_but_put_a_cell_last(tmp_path):
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        dead, first = dead_process(), cells(2)[0].cell.key
+        for _ in range(2 * MAX_ATTEMPTS):
+            run = ledger.open_run({})
+            ledger.add(run, cells(1))
+            assert ledger.claim(run, ["train"]).key == first
+            ledger._connection.execute("UPDATE cells SET pid = ?", (dead,))
+        ledger.add(run, cells(2))
+        assert [ledger.claim(run, ["train"]).key for _ in range(2)] == [cells(2)[1].cell.key, first]
+
+
+def test_a_crash_counts_and_a_release_does_not(tmp_path):
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        run = ledger.open_run({})
+        ledger.add(run, cells(1))
+        for _ in range(MAX_ATTEMPTS):
+            ledger.release(run, ledger.claim(run, ["train"]))
+            ledger.crashed(run, ledger.claim(run, ["train"]), "WorkerCrashedError")
+        assert ledger.claim(run, ["train"]) is None
+        assert ledger.rows(run)[0].error == f"its process died {MAX_ATTEMPTS} times"
+
+
 def test_release_gives_the_attempt_back(tmp_path):
     with Ledger(tmp_path / "l.sqlite") as ledger:
         run = ledger.open_run({})

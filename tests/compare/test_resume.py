@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -76,6 +77,62 @@ def test_killed_and_run_again(tmp_path, workers):
     again = {event["key"] for event in events if event["run"] == 2 and event["kind"] in ("claimed", "taken over")}
     assert not again & before, "nothing finished was started again"
     assert "stdlib_text" in (tmp_path / REPORT).read_text(encoding="utf-8")
+
+
+def everything(folder):
+    """What a ledger holds of its last run, but for times and places: members, states, results, parameters."""
+    with Ledger(folder / LEDGER) as ledger:
+        rows = ledger.rows(ledger.runs()[-1]["id"])
+        weights = {row.key: ledger.weights(row.key) for row in rows if row.member.cell.kind == "train"}
+    found = {}
+    for row in rows:
+        result = {name: value for name, value in row.result.items() if name not in ("seconds", "cpu_seconds")}
+        result["curve"] = [point[:-1] for point in result.get("curve", ())]
+        place = (row.member.role, row.member.task, row.member.mixer, row.key)
+        found[place] = (row.status, row.error, result, weights.get(row.key))
+    return found
+
+
+def working(folder, runs):
+    """Whether a process has begun its run, the one after ``runs`` others."""
+    if not (folder / LEDGER).exists():
+        return False
+    with Ledger(folder / LEDGER) as ledger:
+        return len(ledger.runs()) > runs
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert start(folder, 0).wait(timeout=240) == 0
+    return everything(folder)
+
+
+@pytest.mark.parametrize(
+    ("workers", "kills"),
+    [(0, 3), pytest.param(0, 20, marks=pytest.mark.slow), pytest.param(2, 20, marks=pytest.mark.slow)],
+)
+def test_killed_at_random_moments_the_ledger_ends_the_same(tmp_path, undisturbed, workers, kills):
+    moments, began = random.Random(kills), 0
+    for _ in range(kills):
+        process = start(tmp_path, workers)
+        wait_for(lambda began=began: working(tmp_path, began), 120.0)
+        # Two workers import for seconds before they claim a cell, so that they are let live longer.
+        time.sleep(moments.uniform(0.0, 0.5 if workers == 0 else 6.0))
+        assert process.poll() is None or len(finished(tmp_path)) == len(undisturbed_keys(undisturbed)), "it was still at work"
+        process.kill()
+        process.wait()
+        wait_for(lambda process=process: not descendants_of(process.pid), 20.0)
+        began += 1
+    assert start(tmp_path, workers).wait(timeout=240) == 0
+    assert everything(tmp_path) == undisturbed
+    with Ledger(tmp_path / LEDGER) as ledger:
+        counts = collections.Counter(event["key"] for event in ledger.events() if event["kind"] == "finished")
+    assert set(counts.values()) == {1}, "no cell was finished twice"
+
+
+def undisturbed_keys(found):
+    return {key for *_, key in found}
 
 
 def test_workers_that_cannot_start_end_the_run(tmp_path):
