@@ -11,11 +11,17 @@ from attnlab.cli.console import console, plain_table, print_json
 
 
 def compare(
-    suite: Annotated[str, typer.Option(help="A suite of the package (quick, smoke), or a TOML file.")] = "quick",
-    mixers: Annotated[str | None, typer.Option(help="In place of the suite's: softmax,mamba,...", show_default=False)] = None,
+    suite: Annotated[str, typer.Option(help="A suite of the package: quick, recall, ..., or a TOML file.")] = "quick",
+    mixers: Annotated[
+        str | None, typer.Option(help="In place of the suite's: softmax,my.py:Mine,...", show_default=False)
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="In place of the suite's: recall,digits,...", show_default=False)] = None,
     seeds: Annotated[int | None, typer.Option(help="Runs of each mixer on each task.", show_default=False)] = None,
     lrs: Annotated[str | None, typer.Option(help="Learning rates of the sweep: 0.001,0.003", show_default=False)] = None,
+    match: Annotated[
+        str | None,
+        typer.Option(help="What models have as much of: parameters, or compute [default: parameters].", show_default=False),
+    ] = None,
     out: Annotated[
         str | None, typer.Option(help="Folder of ledger and report [default: runs/SUITE].", show_default=False)
     ] = None,
@@ -54,6 +60,7 @@ def compare(
             tasks=names(tasks),
             seeds=seeds,
             learning_rates=None if lrs is None else numbers("--lrs", lrs),
+            match=match,
             timing=not no_timing,
             workers=workers,
             executor=executor,

@@ -60,6 +60,7 @@ def compare(
     tasks: Sequence[str] | None = None,
     seeds: int | None = None,
     learning_rates: Sequence[float] | None = None,
+    match: str | None = None,
     timing: bool = True,
     workers: int | None = None,
     executor: str | None = None,
@@ -81,6 +82,7 @@ def compare(
         tasks: the same for tasks.
         seeds: runs of each mixer on each task, in place of the suite's.
         learning_rates: rates of the sweep on every task, in place of the suite's.
+        match: what models have as much of, "parameters" or "compute"; by default as the suite says.
         timing: False measures no speed and no memory.
         workers: processes that train, one thread each, in place of the suite's; 0 trains in this process with all its threads.
             Timing is always done in this process, alone.
@@ -106,6 +108,7 @@ def compare(
         tasks=tasks,
         seeds=seeds,
         learning_rates=learning_rates,
+        match=match,
         timing=timing,
         workers=workers,
     )
