@@ -102,7 +102,7 @@ class InContextRegression(GeneratedTask):
     @property
     def default_budget(self) -> Budget:
         """Some 20 seconds on one core."""
-        return Budget(steps=800, batch_size=64, learning_rates=(0.003, 0.006), parameters=30_000, depth=2, num_heads=2)
+        return Budget(steps=600, batch_size=32, learning_rates=(0.005, 0.01), parameters=20_000, depth=2, num_heads=2)
 
     def draw(self, count: int, generator: torch.Generator) -> Batch:
         """Sequences of functions never seen before."""
