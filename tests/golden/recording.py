@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,16 @@ def load(slug: str, file: Path, dtype: torch.dtype = torch.float64) -> Recording
     tensors, rounding = {}, {}
     with np.load(file, allow_pickle=False) as arrays:
         for key in arrays.files:
-            tensor = torch.from_numpy(np.array(arrays[key]))
+            tensor = codes(arrays[key]) if arrays[key].dtype.kind == "U" else torch.from_numpy(np.array(arrays[key]))
             rounding[key] = torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0.0
             tensors[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return Recording(slug, file.stem, meta["case"].get(file.stem, {}), tensors, rounding, dtype)
+
+
+def codes(texts: Sequence[str] | np.ndarray) -> Tensor:
+    """Recorded texts as code points, padded with 0 to the longest."""
+    width = max(map(len, texts))
+    return torch.tensor([[*map(ord, text), *[0] * (width - len(text))] for text in texts])
 
 
 def recordings(slug: str) -> list[Recording]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attnlab.core.errors import UnknownNameError, nearest
 
-POSITIONS = ("none", "learned", "sinusoidal")
+POSITIONS = ("none", "learned", "sinusoidal", "interleaved_sinusoidal")
 """Names that `PositionEmbedding` takes."""
 
 
@@ -22,11 +22,20 @@ def sinusoids(positions: Int[Tensor, "b n"], dim: int, dtype: torch.dtype) -> Fl
     return torch.cat([angles.sin(), angles.cos()[..., : dim - half]], dim=-1).to(dtype)
 
 
+def interleaved_sinusoids(positions: Int[Tensor, "b n"], dim: int, dtype: torch.dtype) -> Float[Tensor, "b n {dim}"]:
+    r"""The same numbers with $\sin(p\,\omega_i)$ and $\cos(p\,\omega_i)$ side by side, in channels 2i and 2i + 1."""
+    half = (dim + 1) // 2
+    apart = sinusoids(positions, dim, dtype)
+    order = [channel // 2 + half * (channel % 2) for channel in range(dim)]
+    return apart[..., order]
+
+
 class PositionEmbedding(nn.Module):
     """Adds a vector a position.
 
     Args:
-        name: "none", "learned" (a table of ``max_length``) or "sinusoidal" (Vaswani et al. 2017).
+        name: "none", "learned" (a table of ``max_length``), "sinusoidal" (Vaswani et al. 2017) or
+            "interleaved_sinusoidal", the same with sines and cosines by turns.
         dim: channels.
         max_length: positions of the learned table.
         std: standard deviation of the learned table at first: about that of what it is added to, or training starts
@@ -69,6 +78,8 @@ class PositionEmbedding(nn.Module):
         """
         if self.name == "sinusoidal":
             return x + sinusoids(positions, x.shape[-1], x.dtype)
+        if self.name == "interleaved_sinusoidal":
+            return x + interleaved_sinusoids(positions, x.shape[-1], x.dtype)
         if self.table is None:
             return x
         return x + self.table[positions]

@@ -50,7 +50,8 @@ def train(
         learning_rate: peak rate.
         weight_decay: AdamW's; not applied to vectors, nor to parameters that carry ``_no_weight_decay = True``.
         warmup: share of ``steps`` over which the rate rises linearly.
-        schedule: "cosine" down to a thousandth of the peak, or "constant".
+        schedule: "cosine" down to a thousandth of the peak, "constant", "rsqrt" (falling with the inverse square root of the
+            step) or "cosine_cycle" (half a cosine down to 0 over ``steps`` after the rise).
         seed: of the training batches and of what the model draws; torch's own generators are left as they were.
         clip: global gradient norm to clip to, or None.
         autocast: dtype of mixed precision, or None.

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-SCHEDULES = ("cosine", "constant")
+from attnlab.training.rates import cosine_cycle_factor, rsqrt_factor
+
+SCHEDULES = ("cosine", "constant", "rsqrt", "cosine_cycle")
 """What the learning rate does after its rise."""
 
 
@@ -32,15 +34,22 @@ def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) 
 
 
 def rate_factor(step: int, steps: int, warmup: float, schedule: str) -> float:
-    """Learning rate of ``step`` (from 0) over the peak: a linear rise, then constant or half a cosine down to 0.001.
+    """Learning rate of ``step`` (from 0) over the peak: a linear rise, then what the schedule says.
+
+    "cosine" falls by half a cosine to 0.001 and "constant" stays; both rise to the peak in their first steps. "rsqrt" and
+    "cosine_cycle" are those of `attnlab.training.rates`, which begin at 0; the half cosine of the latter is ``steps`` long.
 
     Args:
         step: the step about to be done.
         steps: steps in all.
         warmup: share of the steps in which it rises.
-        schedule: "cosine" or "constant".
+        schedule: one of `SCHEDULES`.
     """
     rise = max(1, round(warmup * steps))
+    if schedule == "rsqrt":
+        return math.sqrt(rise) * rsqrt_factor(step, rise)
+    if schedule == "cosine_cycle":
+        return cosine_cycle_factor(step, rise, steps)
     if step < rise:
         return (step + 1) / rise
     if schedule == "constant":
