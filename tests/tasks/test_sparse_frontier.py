@@ -14,7 +14,7 @@ from attnlab.tasks.sparse_frontier.problems import ASK, FIRST, NOTHING, PROBLEMS
 
 def examples(problem, count=60, **options):
     """Facts as lists of symbols (fillers left out), the questions, and the answers with their places among these."""
-    task = create_task("sparse_frontier", problem=problem, **options)
+    task = create_task("sparse_frontier", problem=problem, **{"seq_len": 48, **options})
     batch = task.draw(count, torch.Generator().manual_seed(0))
     tail = task.problem.tail(task.num_facts, task.num_queries)
     assert batch.inputs.shape == (count, task.seq_len) and batch.inputs.max() < task.model_options["vocab_size"]
@@ -77,7 +77,7 @@ def test_common_words_come_more_often():
 
 def test_dispersion_bounds_where_facts_stand():
     def spans(dispersion):
-        task = create_task("sparse_frontier", seq_len=200, num_facts=4, dispersion=dispersion)
+        task = create_task("sparse_frontier", seq_len=200, num_facts=4, num_queries=1, dispersion=dispersion)
         inputs = task.draw(100, torch.Generator().manual_seed(0)).inputs[:, :-2]
         assert task.room == 190
         return torch.tensor([int((row >= FIRST).nonzero().max() - (row >= FIRST).nonzero().min()) for row in inputs])
@@ -101,4 +101,4 @@ def test_bad_options():
     with pytest.raises(ValueError, match="from 1 to 4 queries for 'niah', got 4 and 5"):
         create_task("sparse_frontier", num_queries=5)
     with pytest.raises(ValueError, match="seq_len, dispersion: expected at least 10 tokens and a share from 0 to 1, got 9"):
-        create_task("sparse_frontier", seq_len=9)
+        create_task("sparse_frontier", seq_len=9, num_queries=1)

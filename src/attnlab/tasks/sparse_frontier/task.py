@@ -44,6 +44,7 @@ class SparseFrontier(GeneratedTask):
         seq_len: tokens in all, exactly.
         num_facts: k; in stories at least 3 for filtering and hops.
         num_queries: questions with answers of their own, for "niah", "story_retrieval" and "story_multi_hop"; 1 for the others.
+            None asks all that there are.
         dispersion: share of the text over which the facts are spread; 0 puts them side by side somewhere.
         eval_examples: examples in each evaluation split.
         seed: of the evaluation examples.
@@ -62,9 +63,9 @@ class SparseFrontier(GeneratedTask):
     def __init__(
         self,
         problem: str = "niah",
-        seq_len: int = 48,
+        seq_len: int = 32,
         num_facts: int = 4,
-        num_queries: int = 1,
+        num_queries: int | None = None,
         dispersion: float = 1.0,
         *,
         eval_examples: int = 256,
@@ -73,7 +74,8 @@ class SparseFrontier(GeneratedTask):
         if problem not in PROBLEMS:
             raise UnknownNameError(f"problem: expected one of {tuple(PROBLEMS)}, got {problem!r}{nearest(problem, PROBLEMS)}")
         self.name, self.problem = problem, PROBLEMS[problem]
-        self.seq_len, self.num_facts, self.num_queries, self.dispersion = seq_len, num_facts, num_queries, dispersion
+        self.seq_len, self.num_facts, self.dispersion = seq_len, num_facts, dispersion
+        self.num_queries = num_queries = self.problem.most_queries(num_facts) if num_queries is None else num_queries
         least = 3 if problem in ("story_filtering", "story_multi_hop") else 1
         if num_facts < least or not 1 <= num_queries <= self.problem.most_queries(num_facts):
             raise ValueError(
