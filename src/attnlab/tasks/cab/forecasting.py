@@ -21,9 +21,9 @@ class SeasonalForecast(GeneratedTask):
     r"""Predict several channels of a season from its past: noncausal cross attention.
 
     In each example every channel has a pattern $w \sim N(0, 1)$ of one period p, and $x_t = w_{(t+s) \bmod p} + \sigma\epsilon_t$
-    for a random start s. The model is given the calendar, $\sin$ and $\cos$ of $2\pi k (t+s)/p$ for k = 1 and 2, at all times and the
-    values at ``past`` of them; queries are the calendar of the ``future`` ones and read the past through the mixer. The published
-    tasks of this pattern are point completion and long-range forecasting of measured series.
+    for a random start s. The model is given the calendar, $\sin$ and $\cos$ of $2\pi k (t+s)/p$ for k = 1 and 2, at all times and
+    the values at ``past`` of them; queries are the calendar of the ``future`` ones and read the past through the mixer. The
+    published tasks of this pattern are point completion and long-range forecasting of measured series.
 
     Draw order: patterns, starts, noise, each for all examples.
 
