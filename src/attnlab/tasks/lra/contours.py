@@ -12,7 +12,7 @@ Point = tuple[int, int]
 """(row, column)."""
 
 
-def translate(point: Point, angle: float, distance: float) -> Point:
+def translate(point: Point, angle: float, distance: int) -> Point:
     r"""$\lceil p + d\,(\sin\theta, \cos\theta) \rceil$."""
     return (
         math.ceil(point[0] + distance * float(np.sin(angle))),

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from attnlab.tasks.contract import Batch, Split, Task
+from attnlab.tasks.contract import Batch, ModelName, Split, Task
 from attnlab.tasks.scores import token_accuracy
 
 Part = Literal["train", "valid", "test"]
@@ -20,7 +20,7 @@ class FixedSplits(Task):
     """A classification task whose training examples are as fixed as those of its evaluation splits."""
 
     kind = "classification"
-    model = "encoder"
+    model: ClassVar[ModelName] = "encoder"
     metric = "accuracy"
     higher_is_better = True
     num_classes: ClassVar[int]
