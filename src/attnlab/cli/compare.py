@@ -48,33 +48,25 @@ def compare(
 
     Exit code 0: all fine; 1: a run failed, the control does not tie or a mixer is not correct; 2: bad usage; 130: stopped.
     """
+    own = {"tasks": names(tasks), "seeds": seeds, "match": match, "workers": workers, "executor": executor, "address": address}
+    rates = None if lrs is None else numbers("--lrs", lrs)
+    results = _run(suite, out, mixers=names(mixers), learning_rates=rates, timing=not no_timing, fresh=fresh, **own)
+    show(results, as_json)
+    if not results.ok:
+        raise typer.Exit(1)
+
+
+def _run(*arguments: Any, **options: Any) -> Any:
+    """Compare, with progress on standard error; when stopped say that nothing is lost."""
     from attnlab.cli.citations import citations
     from attnlab.compare import compare as run
 
     errors = Console(stderr=True, highlight=False)
     try:
-        results = run(
-            suite,
-            out,
-            mixers=names(mixers),
-            tasks=names(tasks),
-            seeds=seeds,
-            learning_rates=None if lrs is None else numbers("--lrs", lrs),
-            match=match,
-            timing=not no_timing,
-            workers=workers,
-            executor=executor,
-            address=address,
-            fresh=fresh,
-            console=errors,
-            citations=citations(),
-        )
+        return run(*arguments, **options, console=errors, citations=citations())
     except KeyboardInterrupt:
         errors.print("Stopped. What was finished is kept; the same command goes on from there.")
         raise typer.Exit(130) from None
-    show(results, as_json)
-    if not results.ok:
-        raise typer.Exit(1)
 
 
 def names(text: str | None) -> list[str] | None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -72,22 +73,19 @@ def compare(
 ) -> Results:
     """Train, time and report; what an earlier call has finished in the same folder is not done again.
 
-    Workers and memory measurements are processes that import the calling script, so a script calls this below
-    ``if __name__ == "__main__":``, as `multiprocessing` wants it.
+    A script calls this below ``if __name__ == "__main__":``: workers and memory measurements import it.
 
     Args:
         suite: a suite, the name of one, or the path of a TOML file.
         out: folder of ledger, report and tables; by default ``runs/<suite's name>``.
-        mixers: labels of the suite's mixers, or names of registered ones, in place of the suite's.
+        mixers: labels of the suite's mixers, or names of registered ones, in place of the suite's; as are the next ones.
         tasks: the same for tasks.
-        seeds: runs of each mixer on each task, in place of the suite's.
-        learning_rates: rates of the sweep on every task, in place of the suite's.
+        seeds: runs of each mixer on each task.
+        learning_rates: rates of the sweep on every task.
         match: what models have as much of, "parameters" or "compute"; by default as the suite says.
         timing: False measures no speed and no memory.
-        workers: processes that train, one thread each, in place of the suite's; 0 trains in this process with all its threads.
-            Timing is always done in this process, alone.
-        executor: who trains: "here" (this process), "pool" (processes on this machine) or "ray"; by default a pool of the
-            workers, or this process where there are 0. Results do not depend on it.
+        workers: processes that train, one thread each, in place of the suite's; 0: this process. It alone times.
+        executor: who trains, "here", "pool" or "ray"; by default a pool of the workers, or here where there are 0.
         address: of a Ray cluster; None starts Ray on this machine.
         fresh: set an earlier ledger aside and start anew.
         console: where progress is shown; None shows nothing.
@@ -95,26 +93,20 @@ def compare(
         command: what the report says how to make it again; by default this process's own command line.
 
     Raises:
-        UnknownNameError: for a suite, mixer, task, option or executor that does not exist; the nearest are named.
+        UnknownNameError: for a name that does not exist; the nearest are named.
         ValueError: for a number out of range.
         MissingPackageError: Ray was asked for and is not installed.
         RuntimeError: called while a worker imports the calling script.
-        KeyboardInterrupt: stopped; cells in work have been given back, and the same call goes on from there.
+        KeyboardInterrupt: stopped; the same call goes on from there.
     """
     _refuse_in_a_worker()
-    chosen = select(
-        suite if isinstance(suite, Suite) else load_suite(suite),
-        mixers=mixers,
-        tasks=tasks,
-        seeds=seeds,
-        learning_rates=learning_rates,
-        match=match,
-        timing=timing,
-        workers=workers,
-    )
+    whole = suite if isinstance(suite, Suite) else load_suite(suite)
+    own: dict[str, Any] = {"mixers": mixers, "tasks": tasks, "seeds": seeds, "workers": workers}
+    chosen = select(whole, learning_rates=learning_rates, match=match, timing=timing, **own)
     folder = Path(out) if out is not None else Path("runs") / chosen.name
     hands = choose_executor(executor, chosen.workers, address)
-    run = _run(chosen, folder, hands, fresh, console, command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    run = _run(chosen, folder, hands, fresh, console, command)
     return make_report(folder / LEDGER, folder, run=run, citations=citations)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, get_args
 
@@ -60,32 +60,41 @@ def reference_model(
         raise ValueError(f"dim, parameters: expected one of them, got {dim} and {parameters}")
     budget = task.default_budget
     num_heads = budget.num_heads if num_heads is None else num_heads
-    common = {
-        **task.model_options,
-        **(model_options or {}),
-        "depth": budget.depth if depth is None else depth,
-        "num_heads": num_heads,
-    }
-
-    candidate = {"mixer": mixer, "mixer_options": mixer_options}
-
-    def build(width: int, hidden: int | None = None, chosen: Mapping[str, Any] = candidate) -> nn.Module:
-        own = {} if hidden is None else {"channel_options": {**common.get("channel_options", {}), "hidden": hidden}}
-        return create_model(task.model, **{**common, **own, **chosen, "dim": width, "dtype": dtype})
-
-    found, target = Matched(dim or 0, None, 0, 0.0), parameters or budget.parameters
-    if dim is None and match == "parameters":
-        found = match_budget(build, target, multiple_of=2 * num_heads, tolerance=tolerance, fine=build)
-    elif dim is None:
-        work = _work(task)
-        softmax = partial(build, chosen={"mixer": "softmax"})
-        size = match_budget(softmax, target, multiple_of=2 * num_heads, tolerance=tolerance, fine=softmax)
-        target = work.of(lambda: softmax(size.width, size.hidden))
-        found = match_budget(build, target, multiple_of=2 * num_heads, tolerance=tolerance, fine=build, size=work)
+    common = {"depth": budget.depth if depth is None else depth, "num_heads": num_heads, "dtype": dtype}
+    build = _Builder(task.model, {**task.model_options, **(model_options or {}), **common}, mixer, mixer_options)
+    find = partial(match_budget, multiple_of=2 * num_heads, tolerance=tolerance)
+    if dim is not None:
+        found = Matched(dim, None, 0, 0.0)
+    else:
+        found = _matched(task, build, match == "compute", parameters or budget.parameters, find)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = build(found.width, found.hidden).to(device)
     return replace(found, parameters=count_parameters(model), model=model)
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """A width, and a hidden width of the channel mixer where one is given, to a model."""
+
+    model: str
+    common: Mapping[str, Any]
+    mixer: str
+    options: Mapping[str, Any] | None
+
+    def __call__(self, width: int, hidden: int | None = None) -> nn.Module:
+        own = {} if hidden is None else {"channel_options": {**self.common.get("channel_options", {}), "hidden": hidden}}
+        chosen = {"mixer": self.mixer, "mixer_options": self.options}
+        return create_model(self.model, **{**self.common, **own, **chosen, "dim": width})
+
+
+def _matched(task: Task, build: _Builder, by_work: bool, target: int, find: Callable[..., Matched]) -> Matched:
+    """The width at which a model has ``target`` parameters, or does the work of the softmax model that has."""
+    if not by_work:
+        return find(build, target, fine=build)
+    work, baseline = _work(task), replace(build, mixer="softmax", options=None)
+    size = find(baseline, target, fine=baseline)
+    return find(build, work.of(lambda: baseline(size.width, size.hidden)), fine=build, size=work)
 
 
 def _work(task: Task) -> Size:

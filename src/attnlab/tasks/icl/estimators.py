@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnlab.ops.attention import attention
+
 
 class Prompt(NamedTuple):
     """Examples of linear functions, and where each is asked for.
@@ -37,9 +39,10 @@ def debiased_gradient_step(prompt: Prompt, rate: float) -> Float[Tensor, "b"]:
 
 def softmax_estimate(prompt: Prompt, omega: Float[Tensor, "h"], mu: Float[Tensor, "h"]) -> Float[Tensor, "b"]:
     r"""$\sum_h \mu_h\, y^\top \mathrm{softmax}(\omega_h X x_q)$: what softmax heads of the pattern found by training compute."""
-    scores = torch.einsum("bld,bd->bl", prompt.x, prompt.query)
-    weights = (omega[:, None, None] * scores).softmax(-1)
-    return torch.einsum("h,hbl,bl->b", mu, weights, prompt.y)
+    heads = len(omega)
+    q = omega[:, None, None] * prompt.query[:, None, None]
+    k, v = (part[:, None].expand(-1, heads, -1, -1) for part in (prompt.x, prompt.y[..., None]))
+    return attention(q, k, v, scale=1.0)[..., 0, 0] @ mu
 
 
 def ridge(prompt: Prompt, penalty: float) -> Float[Tensor, "b"]:
