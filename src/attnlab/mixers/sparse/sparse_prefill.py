@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -18,7 +18,8 @@ from attnlab.mixers.parts.first_real import from_first_real
 from attnlab.mixers.parts.selection import as_mask, block_means, sequence_blocks, tokens_of_blocks, top_k
 from attnlab.mixers.sparse.frontier_rules import line_scores, ranked_blocks, ranked_lines
 from attnlab.ops.attention import attention_map
-from attnlab.ops.partials import merge
+from attnlab.ops.diagonal_attention import diagonal_attention
+from attnlab.ops.partials import Partial, merge
 from attnlab.ops.tile_attention import from_tiles, places_of, tile_attention
 
 RULES = ("block", "vertical_slash", "flex_prefill")
@@ -141,7 +142,7 @@ class SparsePrefillAttention(AttentionMixer):
         return from_tiles(found.output, places_of(queries, n))
 
     def _lines(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
-        n, place = q.shape[2], torch.arange(q.shape[2], device=q.device)
+        n = q.shape[2]
         columns, diagonals = self._choose(q.detach(), k.detach(), real)
         self.emit("selection", columns)
         self.emit("diagonals", diagonals)
@@ -150,12 +151,11 @@ class SparsePrefillAttention(AttentionMixer):
         found = tile_attention(q, k, v, rows[None, None], keys, causal=self.hide_later, key_mask=real)
         whole = found._replace(output=found.output.flatten(2, 3)[:, :, :n], lse=found.lse.flatten(2, 3)[:, :, :n])
         # a key on a diagonal counts once, with its column where that is chosen
-        keys = place[:, None] - (diagonals + self._first(n)).unsqueeze(2)
-        gone = (keys < 0) | (keys >= n) | (diagonals < 0).unsqueeze(2)
-        taken = as_mask(columns, n).unsqueeze(2).expand(-1, -1, n, -1).gather(-1, keys.clamp(0, n - 1))
-        keys = keys.masked_fill(gone | taken, -1)
-        found = tile_attention(q, k, v, place[None, None, :, None], keys, key_mask=real)
-        return merge(whole, found._replace(output=found.output.squeeze(3), lse=found.lse.squeeze(3))).output
+        left = ~as_mask(columns, n)
+        if real is not None:
+            left = left & real.unsqueeze(1)
+        distances = torch.where(diagonals < 0, 2 * n, diagonals + self._first(n))
+        return merge(whole, along_diagonals(q, k, v, distances, left)).output
 
     def _choose(self, q: Tensor, k: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """Columns and diagonals of each head, -1 for none."""
@@ -179,3 +179,23 @@ class SparsePrefillAttention(AttentionMixer):
     def _first(self, n: int) -> int:
         """The first diagonal: keys up to n - 1 places behind their query, or none."""
         return 0 if self.hide_later else 1 - n
+
+
+def along_diagonals(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b hk n d"],
+    v: Float[Tensor, "b hk n e"],
+    distances: Int[Tensor, "b h r"],
+    allowed: Bool[Tensor, "b h n"],
+) -> Partial:
+    """`diagonal_attention` on a CPU; elsewhere, where its many small steps are slow, the keys of each query as a tile."""
+    if q.is_cpu:
+        return diagonal_attention(q, k, v, distances, allowed=allowed)
+    n = q.shape[2]
+    place = torch.arange(n, device=q.device)
+    keys = place[:, None] - distances.unsqueeze(2)
+    gone = (keys < 0) | (keys >= n)
+    keys = keys.clamp(0, n - 1)
+    gone = gone | ~allowed.unsqueeze(2).expand(-1, -1, n, -1).gather(-1, keys)
+    found = tile_attention(q, k, v, place[None, None, :, None], keys.masked_fill(gone, -1))
+    return Partial(found.output.squeeze(3), found.lse.squeeze(3))
