@@ -88,7 +88,7 @@ def work(
     built = reference_model(chosen, mixer, **sizes)
     rate = budget.learning_rates[len(budget.learning_rates) // 2]
     usual = {"steps": budget.steps, "batch_size": budget.batch_size, "learning_rate": rate}
-    chosen_values = {name: usual.get(name) if value is None else value for name, value in given.items()}
+    chosen_values: dict[str, Any] = {name: usual.get(name) if value is None else value for name, value in given.items()}
     if given["checkpoint_every"] is None:
         chosen_values["checkpoint_every"] = max(1, chosen_values["steps"] // 10)
     main = accelerator is None or accelerator.is_main_process
