@@ -20,7 +20,7 @@ from torch import Tensor
 from attnlab.tasks.contract import Batch, Budget, Split
 from attnlab.tasks.lra.fixed import FixedSplits, Part, pad_right
 from attnlab.tasks.lra.listops_trees import FIRST_OPERATOR, VOCAB_SIZE, ListOpsSettings, accepted_trees, read_source
-from attnlab.tasks.lra.shards import Arrays, build_shards
+from attnlab.tasks.lra.shards import Arrays, build_shards, piece_sizes
 from attnlab.tasks.registry import tasks
 
 SHARD = 2000
@@ -73,7 +73,7 @@ class ListOps(FixedSplits):
         ValueError: for sizes that do not fit, or a folder with trees of other settings.
     """
 
-    small: ClassVar[Mapping[str, Any]] = {"train_examples": 100, "eval_examples": 40}
+    small: ClassVar[Mapping[str, Any]] = {"train_examples": 40, "eval_examples": 20}
     num_classes = 10
 
     def __init__(
@@ -109,7 +109,7 @@ class ListOps(FixedSplits):
         wanted, pieces = train + 2 * held_out, 0
         found: dict[bytes, int] = {}
         while (missing := wanted - len(found)) > 0:  # pieces may repeat trees of one another
-            sizes = [SHARD] * -(-missing // SHARD)
+            sizes = piece_sizes(missing, SHARD, kept=folder is not None)
             for arrays in build_shards(make, sizes, folder=folder, facts=facts, processes=processes, first=pieces):
                 ends = arrays["lengths"].cumsum()
                 text = arrays["ids"].tobytes()

@@ -21,7 +21,7 @@ from attnlab.tasks.contract import Batch, Budget, Split
 from attnlab.tasks.lra.fixed import FixedSplits, Part
 from attnlab.tasks.lra.pathfinder_images import PathfinderGenerator
 from attnlab.tasks.lra.pathfinder_settings import PATHFINDER, PathfinderSettings
-from attnlab.tasks.lra.shards import Arrays, build_shards
+from attnlab.tasks.lra.shards import Arrays, build_shards, piece_sizes
 from attnlab.tasks.registry import tasks
 
 SHARD = 200
@@ -69,7 +69,7 @@ class Pathfinder(FixedSplits):
         ValueError: for sizes that do not fit, or a folder with images of other settings.
     """
 
-    small: ClassVar[Mapping[str, Any]] = {"train_examples": 60, "eval_examples": 40}
+    small: ClassVar[Mapping[str, Any]] = {"train_examples": 24, "eval_examples": 16}
     num_classes = 2
 
     def __init__(
@@ -78,8 +78,8 @@ class Pathfinder(FixedSplits):
         *,
         contour_length: int | None = None,
         num_distractors: int | None = None,
-        patch: int = 2,
-        train_examples: int = 4000,
+        patch: int = 4,
+        train_examples: int = 8000,
         eval_examples: int = 400,
         seed: int = 0,
         path: str | os.PathLike[str] | None = None,
@@ -100,7 +100,7 @@ class Pathfinder(FixedSplits):
         total = train_examples + 2 * eval_examples
         pieces = build_shards(
             partial(pathfinder_shard, settings=self.settings, seed=seed),
-            [SHARD] * -(-total // SHARD),
+            piece_sizes(total, SHARD, kept=path is not None),
             folder=None if path is None else Path(path),
             facts={"task": "pathfinder", "seed": seed, "shard": SHARD, **asdict(self.settings)},
             processes=processes,
@@ -122,7 +122,7 @@ class Pathfinder(FixedSplits):
     @property
     def default_budget(self) -> Budget:
         """About 10 seconds on one core at the default sizes."""
-        return Budget(steps=400, batch_size=32, learning_rates=(0.003, 0.006), parameters=40_000, depth=2, num_heads=4)
+        return Budget(steps=800, batch_size=64, learning_rates=(0.003, 0.005), parameters=40_000, depth=2, num_heads=4)
 
     def images(self, part: Part) -> UInt8[Tensor, "n s s"]:
         """All images of a split."""

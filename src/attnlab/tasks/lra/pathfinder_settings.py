@@ -61,7 +61,7 @@ class PathfinderSettings:
 
 
 PATHFINDER: dict[int, PathfinderSettings] = {
-    16: PathfinderSettings(16, 1, (1,), 2, 0.5, 2, 3, 1.5, 4, 1.0, 2, 1, (2.0,), (0.75,)),
+    16: PathfinderSettings(16, 1, (1,), 2, 0.5, 2, 3, 1.5, 3, 1.0, 2, 0, (2.0,), (0.75,)),
     32: PathfinderSettings(32, 1, (1,), 2, 0.5, 2, 7, 1.5, 14, 1.0, 4, 5, (2.0,), (0.75,)),
     64: PathfinderSettings(64, 1, (1,), 5, 1.0, 2, 12, 2.5, 14, 1.8, 4, 5, (0.8,)),
     128: PathfinderSettings(128, 1, (2, 3), 5, 1.5, 2, 20, 3.0, 14, 1.8, 4, 8, (0.9,)),

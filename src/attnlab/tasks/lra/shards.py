@@ -97,6 +97,12 @@ def _write(file: Path, arrays: Arrays) -> None:
         raise
 
 
+def piece_sizes(total: int, whole: int, *, kept: bool) -> list[int]:
+    """Sizes of the pieces of ``total`` examples: all ``whole`` where they are kept for other totals, else no more than needed."""
+    count = -(-total // whole)
+    return [whole] * count if kept else [whole] * (count - 1) + [total - whole * (count - 1)]
+
+
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
