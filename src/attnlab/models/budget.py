@@ -101,8 +101,8 @@ def match_budget(
     if abs(best.relative_error) > tolerance:
         raise ValueError(
             f"target: no width that is a multiple of {multiple_of} gives {target} {size.name} within {tolerance:.1%}; the "
-            f"nearest is width {best.width} with {best.parameters} ({best.relative_error:+.1%}). Widen the tolerance, change the target, "
-            "or give a channel mixer whose hidden width can make up for it"
+            f"nearest is width {best.width} with {best.parameters} ({best.relative_error:+.1%}). Widen the tolerance, change the "
+            "target, or give a channel mixer whose hidden width can make up for it"
         )
     return best
 
