@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
@@ -13,12 +12,11 @@ from attnlab.core.grid import Grid
 from attnlab.core.info import Supports
 from attnlab.core.masks import Masks
 from attnlab.mixers.attention import AttentionMixer, AttentionOptions
-from attnlab.mixers.parts.product_quantizer import ProductQuantizer, one_hot
+from attnlab.mixers.parts.product_quantizer import ProductQuantizer
+from attnlab.ops.code_agreement import agreeing_keys
 from attnlab.ops.tile_attention import tile_attention
 
-SLOTS = 4
-PAIRS = 2**21
-"""Pairs of query and key that are compared at a time, of all heads and examples."""
+STEPS = 3
 
 
 @mixers.register(
@@ -41,8 +39,8 @@ class ProductQuantizedAttention(AttentionMixer):
     codebook can be trained first.
 
     ``record`` collects "selection" (b, h, n, L), the places of each query's keys and -1 for none, and "codebook_loss", a scalar:
-    the loss of queries and of keys, of which the authors add 0.01; it is computed only if it is asked for. Time O(n^2 M E) for
-    the counts, which are products of indicators, and O(n L d); memory O(n (d + M E + L)).
+    the loss of queries and of keys, of which the authors add 0.01; it is computed only if it is asked for. Time O(n^2 M) for the
+    counts, bit by bit (`agreeing_keys`), and O(n L d); memory O(n (d + M E + L)).
 
     Args:
         dim: width of the tokens.
@@ -97,23 +95,8 @@ class ProductQuantizedAttention(AttentionMixer):
 
     def select(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b hk m d"], masks: Masks) -> Int[Tensor, "b h n l"]:
         """The places of the keys of each query, -1 where there are fewer."""
-        of_q, of_k = (one_hot(self.quantizer.codes(x), self.quantizer.num_codes) for x in (q, k))
+        of_q, of_k = (self.quantizer.codes(x) for x in (q, k))
         of_k = of_k.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
-        (b, h, n, _), m, step = of_q.shape, of_k.shape[2], max(1, self.quantizer.parts // SLOTS)
-        order, count = torch.arange(m - 1, -1, -1, device=q.device), min(self.num_keys, m)
-        rows, chosen = max(1, PAIRS // (b * h * m)), []
-        for start in range(0, n, rows):
-            end = min(n, start + rows)
-            last = end if self.causal else m
-            agree = of_q[:, :, start:end] @ of_k[:, :, :last].mT
-            # whole numbers, exact in float32: the slot first, and in it the place
-            rank = agree.div_(step).floor_().clamp_(max=SLOTS - 1).mul_(m).add_(order[:last])
-            if masks.key is not None:
-                rank.masked_fill_(~masks.key[:, None, None, :last], -1.0)
-            if self.causal:
-                own = torch.arange(start, end, device=q.device)[:, None]
-                rank.masked_fill_(torch.arange(last, device=q.device) > own, -1.0)
-            best = rank.topk(min(count, last), dim=-1)
-            places = best.indices.masked_fill(best.values < 0, -1)
-            chosen.append(F.pad(places, (0, count - places.shape[-1]), value=-1))
-        return torch.cat(chosen, dim=2)
+        return agreeing_keys(
+            of_q, of_k, self.quantizer.num_codes, self.num_keys, steps=STEPS, causal=self.causal, key_mask=masks.key
+        )
