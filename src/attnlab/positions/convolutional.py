@@ -8,6 +8,7 @@ from torch import nn
 from attnlab.core.grid import from_grid, resolve_grid, to_grid
 from attnlab.core.masks import zero_masked
 from attnlab.core.tokens import Tokens
+from attnlab.ops.convolutions import CONVOLUTIONS
 
 
 class ConvolutionalPosition(nn.Module):
@@ -33,7 +34,7 @@ class ConvolutionalPosition(nn.Module):
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
-        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
+        conv = CONVOLUTIONS[rank - 1]
         self.conv = conv(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
 
     def forward(self, tokens: Tokens) -> Tokens:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnlab.core.grid import Grid, from_grid, to_grid
 from attnlab.core.masks import zero_masked
+from attnlab.ops.convolutions import CONVOLUTIONS
 from attnlab.positions.base import Position, positions
 
 
@@ -41,7 +42,7 @@ class LocallyEnhancedPosition(Position):
             raise ValueError(f"rank: expected 1, 2 or 3, got {rank}")
         self.rank = rank
         width = num_heads * head_dim
-        self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](width, width, kernel_size, padding=kernel_size // 2, groups=width)
+        self.conv = CONVOLUTIONS[rank - 1](width, width, kernel_size, padding=kernel_size // 2, groups=width)
 
     def local(self, v: Float[Tensor, "b h m e"], grid: Grid | None, mask: Bool[Tensor, "b m"] | None) -> Float[Tensor, "b h m e"]:
         """The convolved values."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from attnlab.core.grid import Grid, from_grid, to_grid
 from attnlab.core.masks import zero_masked
 from attnlab.ops.backends import accumulate_dtype
+from attnlab.ops.convolutions import CONVOLUTIONS
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -57,7 +57,7 @@ class ConvBN(nn.Module):
             raise ValueError(f"rank: expected 1, 2 or 3, got {rank}")
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.rank = rank
-        self.conv = _CONVOLUTIONS[rank - 1](
+        self.conv = CONVOLUTIONS[rank - 1](
             channels, out_channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=bias, **place
         )
         self.norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | None = _NORMS[rank - 1](out_channels, **place)
