@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import os
 import random
 import signal
@@ -94,12 +95,12 @@ def everything(folder):
     return found
 
 
-def working(folder, runs):
-    """Whether a process has entered its run, the one after ``runs`` others."""
+def entered(folder, run, kinds=None):
+    """Whether this run is in the ledger, and with ``kinds`` whether it has such events."""
     if not (folder / LEDGER).exists():
         return False
     with Ledger(folder / LEDGER) as ledger:
-        return len(ledger.runs()) > runs
+        return len(ledger.runs()) >= run if kinds is None else any(event["kind"] in kinds for event in ledger.events(run))
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +116,13 @@ def undisturbed(tmp_path_factory):
 )
 def test_killed_at_random_moments_the_ledger_ends_the_same(tmp_path, undisturbed, workers, kills):
     moments = random.Random(kills)
-    for began in range(kills):
+    for run in range(1, kills + 1):
         process = start(tmp_path, workers)
-        wait_for(lambda began=began: working(tmp_path, began), 120.0)
-        # Two workers import for seconds before they claim a cell, so that they are let live longer.
-        time.sleep(moments.uniform(0.0, 0.5 if workers == 0 else 6.0))
+        wait_for(lambda run=run: entered(tmp_path, run), 120.0)
+        if moments.random() < 0.7:  # else before any work, while workers start
+            begun = functools.partial(entered, tmp_path, run, ("claimed", "taken over"))
+            wait_for(lambda begun=begun, process=process: begun() or process.poll() is not None, 120.0)
+        time.sleep(moments.uniform(0.0, 0.5))
         process.kill()
         process.wait()
         wait_for(lambda process=process: not descendants_of(process.pid), 120.0)  # those that were just being started too
