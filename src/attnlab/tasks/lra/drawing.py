@@ -8,7 +8,6 @@ from types import ModuleType
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
-from scipy.ndimage import grey_dilation
 
 from attnlab.tasks.lra.contours import Point
 
@@ -35,6 +34,8 @@ def disc(radius: int) -> Float[np.ndarray, "d d"]:
 
 def dilate(image: Float[np.ndarray, "h w"], radius: int) -> Float[np.ndarray, "h w"]:
     """The largest value within ``radius`` of each pixel; nothing is outside."""
+    from scipy.ndimage import grey_dilation
+
     return grey_dilation(image, footprint=disc(radius).astype(bool), mode="constant", cval=-np.inf)
 
 

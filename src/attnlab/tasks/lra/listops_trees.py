@@ -61,23 +61,27 @@ def draw_tree(rng: random.Random, settings: ListOpsSettings) -> tuple[list[int],
     order, and at last its operator, ``rng.randrange(4)``.
     """
     uniform, below = rng.random, rng.randrange
-    max_depth, args = settings.max_depth, settings.max_args - 1
     ids: list[int] = []
-
-    def node(depth: int) -> int:
-        if depth >= max_depth or uniform() > 0.25:
-            digit = below(10)
-            ids.append(FIRST_DIGIT + digit)
-            return digit
-        place = len(ids)
-        ids.append(PAD)  # the operator is drawn after its arguments
-        values = [node(depth + 1) for _ in range(2 + below(args))]
-        operator = below(4)
-        ids[place] = FIRST_OPERATOR + operator
-        ids.append(CLOSE)
-        return value_of(operator, values)
-
-    return ids, node(1)
+    unfinished: list[tuple[int, int, list[int]]] = []  # place of the operator, number of arguments, values of those there are
+    while True:
+        if len(unfinished) + 1 < settings.max_depth and uniform() <= 0.25:
+            unfinished.append((len(ids), 2 + below(settings.max_args - 1), []))
+            ids.append(PAD)  # the operator is drawn after its arguments
+            continue
+        value = below(10)
+        ids.append(FIRST_DIGIT + value)
+        while unfinished:
+            place, count, values = unfinished[-1]
+            values.append(value)
+            if len(values) < count:
+                break
+            unfinished.pop()
+            operator = below(len(OPERATORS))
+            ids[place] = FIRST_OPERATOR + operator
+            ids.append(CLOSE)
+            value = value_of(operator, values)
+        else:
+            return ids, value
 
 
 def accepted_trees(rng: random.Random, settings: ListOpsSettings) -> Iterator[tuple[list[int], int]]:

@@ -121,8 +121,8 @@ class Pathfinder(FixedSplits):
 
     @property
     def default_budget(self) -> Budget:
-        """About 10 seconds on one core at the default sizes."""
-        return Budget(steps=800, batch_size=64, learning_rates=(0.003, 0.005), parameters=40_000, depth=2, num_heads=4)
+        """About 15 seconds on one core at the default sizes, after as many for drawing."""
+        return Budget(steps=1200, batch_size=64, learning_rates=(0.003, 0.005), parameters=40_000, depth=2, num_heads=4)
 
     def images(self, part: Part) -> UInt8[Tensor, "n s s"]:
         """All images of a split."""

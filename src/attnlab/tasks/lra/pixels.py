@@ -24,7 +24,7 @@ TEST = "test_batch.bin"
 SIDE = 32
 GREY = (0.2989, 0.5870, 0.1140)
 
-Images = tuple[UInt8[np.ndarray, "n 3 32 32"], Int[np.ndarray, "n"]]
+Images = tuple[UInt8[np.ndarray, "_ 3 32 32"], Int[np.ndarray, "_"]]
 
 
 def grey_levels(images: UInt8[np.ndarray, "n 3 h w"]) -> Int[Tensor, "n t"]:
