@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -108,8 +110,49 @@ def test_every_equation_is_mathml(site):
     assert count > 2 * len(attnlab.list_mixers())
 
 
-@pytest.mark.parametrize("page", ["", "mechanisms/delta_net/", "mechanisms/focal_modulation/"])
+@pytest.mark.parametrize("page", ["", "mechanisms/", "mechanisms/delta_net/", "mechanisms/focal_modulation/"])
 def test_pages_open_without_a_complaint(site, page):
     with browser.served(site) as (address, missing):
         assert browser.console_errors(f"{address}/{page}") == []
     assert missing == []
+
+
+FILTER = """
+const names = () => [...document.querySelectorAll("#gallery > .card")]
+  .filter((card) => card.offsetParent !== null)
+  .map((card) => card.querySelector(".card-name").textContent);
+const set = (id, value) => {
+  const field = document.getElementById(id);
+  field.value = value;
+  field.dispatchEvent(new Event("input", { bubbles: true }));
+};
+const found = { all: names() };
+set("gallery-text", "DELTA net");
+found.text = names();
+found.count = document.getElementById("gallery-count").textContent;
+document.querySelector("#gallery-filter [type=reset]").click();
+await new Promise((done) => setTimeout(done, 50));
+found.reset = names();
+set("gallery-family", "linear");
+found.family = names();
+set("gallery-family", "");
+for (const name of ["causal", "bounded"]) document.querySelector(`#gallery-filter [value=${name}]`).click();
+found.supports = names();
+document.body.dataset.found = JSON.stringify(found);
+"""
+
+
+def test_the_gallery_shows_what_is_asked_for(site, tmp_path):
+    folder = tmp_path / "mechanisms"
+    folder.mkdir()
+    (tmp_path / "assets").symlink_to(site / "assets")
+    (folder / "index.html").write_bytes((site / "mechanisms" / "index.html").read_bytes())
+    page, _ = browser.played(folder / "index.html", FILTER)
+    found = json.loads(unescape(re.findall(r'data-found="([^"]*)"', page)[0]))
+    assert sorted(found["all"]) == sorted(found["reset"]) == sorted(attnlab.list_mixers())
+    assert "delta_net" in found["text"] and len(found["text"]) < 10
+    assert found["count"] == f"{len(found['text'])} of {len(found['all'])} mechanisms"
+    assert sorted(found["family"]) == sorted(attnlab.list_mixers(family="linear"))
+    assert sorted(found["supports"]) == sorted(attnlab.list_mixers(causal=True, state="bounded"))
+    labelled = re.findall(r"<label[^>]*>[^<]*<(input|select)\b", page)
+    assert len(labelled) >= len(re.findall(r'<(?:input|select)[^>]*(?:id="gallery|name="supports")', page)) > 2

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts" / "docs"))
 
 import readme  # noqa: E402
-from sitegen import facts, mathml, pages, plot, png, prose, timings  # noqa: E402
+from sitegen import facts, gallery, mathml, pages, plot, png, prose, timings  # noqa: E402
 from sitegen.pictures import TOKENS, pictures  # noqa: E402
 
 import attnlab  # noqa: E402
@@ -131,3 +131,24 @@ def test_the_mechanism_that_the_guide_writes_keeps_the_laws(examples):
     report = attnlab.check(RunningMean)
     assert report.passed, str(report)
     assert {"mask", "causal", "streaming", "state", "cost"} <= set(report.counts())
+
+
+def test_the_gallery_has_a_card_for_every_mixer_with_what_it_supports():
+    cards = {card.name: card for card in gallery.cards()}
+    assert set(cards) == set(attnlab.list_mixers())
+    for name, (_, wanted) in gallery.CAPABILITIES.items():
+        having = {card.name for card in cards.values() if name in card.supports}
+        assert set(attnlab.list_mixers(**wanted)) <= having, name
+    assert "two-sided" in cards["window"].supports and "two-sided" not in cards["delta_net"].supports
+    page = pages.gallery_page()
+    assert page.count('class="card"') == len(cards)
+    assert page.count("not timed") == sum(not card.curve for card in cards.values())
+
+
+def test_a_curve_says_its_times_and_what_was_not_timed_has_none():
+    times = [{"seconds": 1e-3, "baseline": 2e-3}, {"seconds": 2e-3, "baseline": 8e-3}]
+    svg = gallery.curve("x", [256, 1024], times, (1e-3, 8e-3))
+    assert "1 ms at 256 tokens, 2 ms at 1,024; softmax 2 ms and 8 ms" in svg
+    ours, theirs = ([float(p.split(",")[1]) for p in line.split()] for line in re.findall(r'points="([^"]*)"', svg))
+    assert ours[0] > ours[1] > theirs[1] and gallery.curve("softmax", [256, 1024], times, (1e-3, 8e-3)).count("<polyline") == 1
+    assert gallery.curve("x", [256], [], (1e-3, 1.0)) == "" and gallery.span({}) == (1e-3, 1.0)

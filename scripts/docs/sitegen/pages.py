@@ -19,7 +19,7 @@ from attnlab.core.catalog import mixers
 from attnlab.papers.catalog import citation, paper
 from attnlab.papers.coverage import applicable_tiers
 from attnlab.papers.evidence import TIERS
-from sitegen import facts, prose, timings
+from sitegen import facts, gallery, prose, timings
 from sitegen.parts import entry_part, op_modules
 from sitegen.pictures import TOKENS, Picture, pictures
 from sitegen.plot import duration, log_log
@@ -98,9 +98,15 @@ def claims_page() -> str:
 
 def gallery_page() -> str:
     """All mixers as cards, in the order of their families."""
-    names = [name for members in facts.families().values() for name in members]
-    rows = {row["name"]: row for row in facts.mixer_rows()}
-    return render("gallery.md.j2", cards=[rows[name] for name in names], tokens=TOKENS)
+    families = {family: len(names) for family, names in facts.families().items()}
+    return render(
+        "gallery.md.j2",
+        cards=gallery.cards(),
+        capabilities=gallery.CAPABILITIES,
+        families=families,
+        data=timings.load(),
+        tokens=TOKENS,
+    )
 
 
 def mixer_page(name: str) -> str:
