@@ -99,10 +99,11 @@ class Gcog(GeneratedTask):
 
     @property
     def model_options(self) -> Mapping[str, Any]:
-        """An encoder over rule and grid with learned positions."""
+        """An encoder over rule and grid with learned positions that answers at the token which ends the grid."""
         return {
             "num_classes": num_classes(self.side),
             "input": "patches",
+            "pool": "last",
             "patch_dim": self._width(True) + self._width(False),
             "max_length": self._nodes + 1 + self.side**2 + 1,
         }
@@ -110,7 +111,7 @@ class Gcog(GeneratedTask):
     @property
     def default_budget(self) -> Budget:
         """Some 20 seconds on one core."""
-        return Budget(steps=500, batch_size=32, learning_rates=(0.005, 0.01), parameters=40_000, depth=2, num_heads=4)
+        return Budget(steps=1500, batch_size=32, learning_rates=(0.003, 0.005), parameters=40_000, depth=2, num_heads=4)
 
     def families(self, held_out: bool) -> tuple[Family, ...]:
         """The rules of training, or of evaluation; one family is drawn from for each example, all alike."""
