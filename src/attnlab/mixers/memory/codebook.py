@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from attnlab.mixers.parts.moving_means import assigned, smoothed_means
 from attnlab.ops.chunks import full_precision
 
 
@@ -59,9 +59,7 @@ class Codebook(nn.Module):
     @property
     def vectors(self) -> Float[Tensor, "h s d"]:
         """C, new memory: what was computed with it can be differentiated after the next update."""
-        total = self.counts.sum(-1, keepdim=True)
-        smooth = total * (self.counts + self.eps) / (total + self.counts.shape[1] * self.eps)
-        return self.sums / smooth.unsqueeze(-1)
+        return smoothed_means(self.counts, self.sums, self.eps)
 
     @torch.no_grad()
     @full_precision
@@ -91,11 +89,9 @@ class Codebook(nn.Module):
     @full_precision
     def update(self, keys: Float[Tensor, "b h n d"], codes: Int[Tensor, "b h n"], mask: Bool[Tensor, "b n"] | None) -> None:
         """Move the averages on by one batch; masked tokens take no part."""
-        hot = F.one_hot(codes, self.counts.shape[1]).to(self.sums.dtype)
-        if mask is not None:
-            hot = hot * mask[:, None, :, None]
-        self.counts.lerp_(hot.sum((0, 2)), 1.0 - self.decay)
-        self.sums.lerp_((hot.mT @ keys.to(hot.dtype)).sum(0), 1.0 - self.decay)
+        number, total = assigned(keys.to(self.sums.dtype), codes, self.counts.shape[1], mask)
+        self.counts.lerp_(number, 1.0 - self.decay)
+        self.sums.lerp_(total, 1.0 - self.decay)
 
     @torch.no_grad()
     @full_precision

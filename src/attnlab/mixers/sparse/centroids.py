@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from attnlab.mixers.parts.moving_means import assigned, smoothed_means
 from attnlab.ops.chunks import full_precision
 
 RULES = ("counted", "renewed")
@@ -99,16 +100,11 @@ class Centroids(nn.Module):
     @full_precision
     def update(self, x: Float[Tensor, "b h n d"], nearest: Int[Tensor, "b h n"], mask: Bool[Tensor, "b n"] | None) -> None:
         """Move on by a batch of vectors; masked ones take no part."""
-        hot = F.one_hot(nearest, self.counts.shape[1]).to(self.means.dtype)
-        if mask is not None:
-            hot = hot * mask[:, None, :, None]
-        number, total = hot.sum((0, 2)), (hot.mT @ x.to(hot.dtype)).sum(0)
+        number, total = assigned(x.to(self.means.dtype), nearest, self.counts.shape[1], mask)
         if self.rule == "renewed":
             moved = torch.lerp(self.means, F.normalize(total, dim=-1), 1.0 - self.decay)
             self.means.copy_(torch.where((number > 0).unsqueeze(-1), moved, self.means))
             return
         self.counts.lerp_(number, 1.0 - self.decay)
         self.sums.lerp_(total, 1.0 - self.decay)
-        whole = self.counts.sum(-1, keepdim=True)
-        smooth = whole * (self.counts + self.eps) / (whole + self.counts.shape[1] * self.eps)
-        self.means.copy_(self.sums / smooth.unsqueeze(-1))
+        self.means.copy_(smoothed_means(self.counts, self.sums, self.eps))
