@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from attnlab import list_mixers
+from attnlab.compare import list_suites, load_suite
 from attnlab.papers.evidence import TIERS
 from sitegen import facts, prose
 from sitegen.mass import mass_tables
@@ -37,6 +38,7 @@ def fill(markdown: str, page: str) -> str:
         "law_tables": law_tables,
         "supports_table": supports_table,
         "mass_tables": mass_tables,
+        "suite_table": suite_table,
     }
     return env.from_string(markdown).render()
 
@@ -85,3 +87,12 @@ def supports_table() -> str:
     """The promises and their meaning."""
     lines = [f"| `{name}` | {prose.cell(text)} |" for name, text in facts.promise_meanings().items()]
     return "\n".join(["| promise | meaning |", "|---|---|", *lines])
+
+
+def suite_table() -> str:
+    """The suites of `attnlab compare` with what each is about, what it trains on, and its size."""
+    lines = ["| suite | | tasks | mechanisms | seeds |", "|---|---|---|--:|--:|"]
+    for suite in map(load_suite, list_suites()):
+        tasks = ", ".join(f"`{choice.label}`" for choice in suite.tasks) or "none: layers are timed"
+        lines.append(f"| `{suite.name}` | {prose.cell(suite.summary)} | {tasks} | {len(suite.mixers)} | {suite.seeds} |")
+    return "\n".join(lines)
