@@ -161,7 +161,7 @@ class AnchorAttention(AttentionMixer):
         wide, n = accumulate_dtype(q.dtype), q.shape[2]
         real = torch.ones(len(q), n, dtype=torch.bool, device=q.device) if mask is None else mask
         q, k = q.to(wide) * q.shape[3] ** -0.5, k.to(wide)
-        anchors = self.anchors(q, k, real)
+        anchors = self.anchors(q, k, real, masked=mask is not None)
         place, groups = torch.arange(n, device=q.device), torch.arange(-(-n // self.group), device=q.device)
         start = (groups * self.group).unsqueeze(1)
         outside = place < start - self.before
@@ -178,8 +178,10 @@ class AnchorAttention(AttentionMixer):
             kept = kept | (close & some[:, None, :, None])
         return kept & outside & real[:, None, None]
 
-    def anchors(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b hk n d"], real: Bool[Tensor, "b n"]) -> Anchors:
-        """The means of each block's queries, which are scaled, and of their largest scores."""
+    def anchors(
+        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b hk n d"], real: Bool[Tensor, "b n"], *, masked: bool = True
+    ) -> Anchors:
+        """The means of each block's queries, which are scaled, and of their largest scores; unless ``masked`` all are real."""
         n, per_key = q.shape[2], q.shape[1] // k.shape[1]
         groups = -(-n // self.group)
         more = groups * self.group - n
@@ -189,16 +191,20 @@ class AnchorAttention(AttentionMixer):
         place = torch.arange(groups * self.group, device=q.device).view(groups, self.step, self.block)
         near_keys = F.pad(k, (0, 0, *around)).unfold(2, self.near, self.group)
         near_real = F.pad(real, around).unfold(1, self.near, self.group)
-        near_place = torch.arange(-self.before, groups * self.group + self.after, device=q.device)
-        near_place = near_place.unfold(0, self.near, self.group)
+        later_in_block = torch.ones(self.block, self.block, dtype=torch.bool, device=q.device).triu_(1)
+        # else a key that is none stands behind every query of its group, and is one of the later ones
+        hides = masked or not self.ordered or self.before > 0
         first = min(self.first, n)
         largest = []
         for u in range(self.step):
             rows = tokens[:, :, :, u].unflatten(1, (-1, per_key))
             end = self.before + (u + 1) * self.block if self.ordered else self.near
             scores = rows @ near_keys[:, :, None, :, :, :end]
-            hidden = ~near_real[:, :, None, :end] | (self.ordered & (near_place[:, None, :end] > place[:, u, :, None]))
-            best = scores.masked_fill(hidden[:, None, None], float("-inf")).amax(-1)
+            if self.ordered:  # of the keys up to the block's end, those of the block itself can be later ones
+                scores[..., end - self.block :].masked_fill_(later_in_block, float("-inf"))
+            if hides:
+                scores.masked_fill_(~near_real[:, None, None, :, None, :end], float("-inf"))
+            best = scores.amax(-1)
             if first:
                 scores = rows @ k[:, :, None, None, :first].mT
                 later = torch.arange(first, device=q.device) > place[:, u, :, None]
