@@ -49,8 +49,8 @@ class LocalImplicitAttention(Mixer):
     with frequencies $\phi = 2^{0 \dots 10} - 1$; all heads share b, in which columns have no part. The softmax is over the keys
     of one frame; weighted values are not summed but stand side by side, and s is the size of the points' cells. Cells
     beyond the sides of a frame are zero keys and values, which take part. `forward` asks at every cell's own centre, `sample`
-    anywhere. One place of the windows at a time, the MLP's first layer included: no window is copied. With K weights a point:
-    time O(n K C M) for a hidden width M, memory O(n (C + M + h K)), and O(n K C) where gradients are kept.
+    anywhere. One place of the windows at a time, the MLP's first layer included: no window is copied. With K weights a point,
+    time O(n K C M) for a hidden width M, memory O(n (C + M + h (2 r + 1)^2)), and O(n K C) where gradients are kept.
 
     Masked cells are zero in the convolutions, and zero keys and values as cells beyond the sides are.
 
@@ -149,58 +149,61 @@ class LocalImplicitAttention(Mixer):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         query = self._interpolate(q, points, grid)
-        weights = self._weights(query, k, points, grid)
         flat = rearrange(query, "b h p d -> b p (h d)")
         size = flat.new_tensor(cell).expand(*flat.shape[:2], 2)
         near, rest = self.first.weight.split([self.first.in_features - self.dim - 2, self.dim + 2], dim=1)
-        y = F.linear(torch.cat((flat, size), dim=-1), rest, self.first.bias) + self._read(weights, v, near, points, grid)
+        y = F.linear(torch.cat((flat, size), dim=-1), rest, self.first.bias) + self._read(query, k, v, near, points, grid)
         for layer in self.layers:
             y = layer(F.gelu(y))
         return y
 
-    def _places(self, points: Float[Tensor, "p 3"], grid: Grid) -> Iterator[_Place]:
-        """The places of all windows, frame by frame, rows before columns."""
-        center = points[:, 0].round()
+    def _places(self, points: Float[Tensor, "p 3"], grid: Grid, frame: int) -> Iterator[_Place]:
+        """The places of all windows in one frame, rows before columns."""
         near = [_nearest(points[:, 1 + axis], side) for axis, side in enumerate(grid[1:])]
+        at = (points[:, 0].round() + frame - self.frames).clamp(0, grid[0] - 1).long()
         around = range(-self.radius, self.radius + 1)
-        for frame, row, column in itertools.product(range(2 * self.frames + 1), around, around):
-            at = (center + frame - self.frames).clamp(0, grid[0] - 1).long()
+        for row, column in itertools.product(around, around):
             y, x = near[0] + row, near[1] + column
             inside = (y >= 0) & (y < grid[1]) & (x >= 0) & (x < grid[2])
             cells = (at * grid[1] + y.clamp(0, grid[1] - 1)) * grid[2] + x.clamp(0, grid[2] - 1)
             yield _Place(row + self.radius, cells, inside)
 
     def _weights(
-        self, q: Float[Tensor, "b h p d"], k: Float[Tensor, "b h n d"], points: Float[Tensor, "p 3"], grid: Grid
+        self, q: Float[Tensor, "b h p d"], k: Float[Tensor, "b h n d"], by_row: Float[Tensor, "p r"], places: Iterator[_Place]
     ) -> Float[Tensor, "b h p k"]:
-        """The weights of all places, normalised a frame."""
-        by_row = self._bias(points, grid)
+        """The weights of the places of a frame."""
         logits = []
-        for place in self._places(points, grid):
+        for place in places:
             products = (q * k.index_select(2, place.cells)).sum(-1) * q.shape[-1] ** -0.5
             logits.append(products.masked_fill(~place.inside, 0.0) + by_row[:, place.row].to(q.dtype))
-        per_frame = torch.stack(logits, dim=-1).unflatten(-1, (2 * self.frames + 1, -1))
-        return per_frame.softmax(-1).flatten(-2)
+        return torch.stack(logits, dim=-1).softmax(-1)
 
     def _read(
         self,
-        weights: Float[Tensor, "b h p k"],
+        q: Float[Tensor, "b h p d"],
+        k: Float[Tensor, "b h n d"],
         v: Float[Tensor, "b h n d"],
         kernel: Float[Tensor, "o i"],
         points: Float[Tensor, "p 3"],
         grid: Grid,
     ) -> Float[Tensor, "b p o"]:
-        """The weighted values by the columns of the MLP's first layer, those of each place or the same for all."""
-        parts = kernel.split(self.dim, dim=1)
+        """The weighted values by the columns of the MLP's first layer, those of each place or the same for all.
+
+        The weights of one frame are there at a time.
+        """
+        by_row = self._bias(points, grid)
+        parts = iter(kernel.split(self.dim, dim=1))
         total = v.new_zeros(v.shape[0], len(points), len(kernel))
         summed = v.new_zeros(v.shape[0], len(points), self.dim)
-        for number, place in enumerate(self._places(points, grid)):
-            share = weights[..., number].masked_fill(~place.inside, 0.0).unsqueeze(-1)
-            values = rearrange(share * v.index_select(2, place.cells), "b h p d -> b p (h d)")
-            if self.aggregate == "concat":
-                total = total + F.linear(values, parts[number])
-            else:
-                summed = summed + values
+        for frame in range(2 * self.frames + 1):
+            weights = self._weights(q, k, by_row, self._places(points, grid, frame))
+            for number, place in enumerate(self._places(points, grid, frame)):
+                share = weights[..., number].masked_fill(~place.inside, 0.0).unsqueeze(-1)
+                values = rearrange(share * v.index_select(2, place.cells), "b h p d -> b p (h d)")
+                if self.aggregate == "concat":
+                    total = total + F.linear(values, next(parts))
+                else:
+                    summed = summed + values
         return total if self.aggregate == "concat" else F.linear(summed, kernel)
 
     def _bias(self, points: Float[Tensor, "p 3"], grid: Grid) -> Float[Tensor, "p r"]:
