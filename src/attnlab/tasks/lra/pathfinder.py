@@ -121,7 +121,7 @@ class Pathfinder(FixedSplits):
 
     @property
     def default_budget(self) -> Budget:
-        """About 15 seconds on one core at the default sizes, after as many for drawing."""
+        """About 15 seconds on one core at the default sizes, after 7 for drawing."""
         return Budget(steps=1200, batch_size=64, learning_rates=(0.003, 0.005), parameters=40_000, depth=2, num_heads=4)
 
     def images(self, part: Part) -> UInt8[Tensor, "n s s"]:
