@@ -122,7 +122,7 @@ def test_killed_at_random_moments_the_ledger_ends_the_same(tmp_path, undisturbed
         if moments.random() < 0.7:  # else before any work, while workers start
             begun = functools.partial(entered, tmp_path, run, ("claimed", "taken over"))
             wait_for(lambda begun=begun, process=process: begun() or process.poll() is not None, 120.0)
-        time.sleep(moments.uniform(0.0, 0.5))
+        time.sleep(moments.uniform(0.0, 3.0 if workers else 0.5))
         process.kill()
         process.wait()
         wait_for(lambda process=process: not descendants_of(process.pid), 120.0)  # those that were just being started too
