@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from attnlab.tasks import create_task, reference_model
 from attnlab.tasks.files import MissingDataError
 from attnlab.tasks.lra import listops
 from attnlab.tasks.lra.fixed import pad_right
-from attnlab.tasks.lra.listops_trees import FIRST_OPERATOR, read_source, source_text
+from attnlab.tasks.lra.listops_trees import FIRST_OPERATOR, ListOpsSettings, accepted_trees, read_source, source_text
 from attnlab.tasks.lra.shards import build_shards, piece_sizes
 
 TREES = {"train_examples": 40, "eval_examples": 20}
@@ -53,8 +55,9 @@ def test_pieces_are_made_once_and_kept(tmp_path):
 
 @pytest.mark.slow
 def test_several_processes_make_the_same_pieces():
-    one, two = (build_shards(make_piece, [2, 2, 2], processes=count) for count in (1, 2))
-    assert all(np.array_equal(a["x"], b["x"]) for a, b in zip(one, two, strict=True))
+    make = partial(listops.listops_shard, settings=ListOpsSettings(4, 5, 5, 60), seed=0)
+    one, two = (build_shards(make, [20, 20, 20], processes=count) for count in (1, 2))
+    assert all(np.array_equal(a["ids"], b["ids"]) for a, b in zip(one, two, strict=True))
 
 
 def test_sizes_of_pieces():
@@ -105,6 +108,15 @@ def test_listops_are_kept_and_published_files_are_read(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="expected the columns Source and Target"):
         create_task("listops", path=tmp_path)
     assert read_source("( ( [MIN 1 ) ] )") == [11, 2, 15]
+
+
+def test_more_trees_than_there_are_is_told():
+    tiny = {"max_depth": 2, "max_args": 2, "min_length": 3, "max_length": 5}  # 400 trees
+    assert len(create_task("listops", train_examples=200, eval_examples=20, **tiny).labels("train")) == 200
+    with pytest.raises(ValueError, match="train_examples, eval_examples: expected fewer, there are about 400 such trees"):
+        create_task("listops", train_examples=1000, **tiny)
+    with pytest.raises(ValueError, match="min_length, max_length: expected lengths that trees have, got 4 and 7"):
+        next(accepted_trees(random.Random(0), ListOpsSettings(3, 2, 4, 7), patience=100))
 
 
 def test_pathfinder_is_read_as_pixels_or_patches():

@@ -25,6 +25,8 @@ from attnlab.tasks.registry import tasks
 
 SHARD = 2000
 """Trees a piece; each piece has a stream of its own."""
+REPEATS = 10_000
+"""Trees in a row that may have been drawn before."""
 FILES = {"train": "basic_train.tsv", "valid": "basic_val.tsv", "test": "basic_test.tsv"}
 """The published files."""
 
@@ -34,10 +36,14 @@ Example = tuple[bytes, int]
 def listops_shard(number: int, size: int, *, settings: ListOpsSettings, seed: int) -> Arrays:
     """``size`` different trees of the stream ``random.Random(seed + number * 2**32)``: ids end to end, lengths, values."""
     found: dict[bytes, int] = {}
+    repeats = 0
     for ids, value in accepted_trees(random.Random(seed + (number << 32)), settings):
+        repeats = repeats + 1 if bytes(ids) in found else 0
         found.setdefault(bytes(ids), value)
         if len(found) == size:
             break
+        if repeats > REPEATS:
+            raise ValueError(f"train_examples, eval_examples: expected fewer, there are about {len(found)} such trees")
     return {
         "ids": np.frombuffer(b"".join(found), dtype=np.uint8),
         "lengths": np.array([len(ids) for ids in found], dtype=np.int64),
@@ -70,7 +76,7 @@ class ListOps(FixedSplits):
         processes: that make trees.
 
     Raises:
-        ValueError: for sizes that do not fit, or a folder with trees of other settings.
+        ValueError: for sizes that do not fit, more trees than there are, or a folder with trees of other settings.
     """
 
     small: ClassVar[Mapping[str, Any]] = {"train_examples": 40, "eval_examples": 20}
@@ -109,7 +115,10 @@ class ListOps(FixedSplits):
         wanted, pieces = train + 2 * held_out, 0
         found: dict[bytes, int] = {}
         while (missing := wanted - len(found)) > 0:  # pieces may repeat trees of one another
-            sizes = piece_sizes(missing, SHARD, kept=folder is not None)
+            if pieces > 50 + 2 * wanted // SHARD:
+                raise ValueError(f"train_examples, eval_examples: expected fewer, there are about {len(found)} such trees")
+            # several pieces are always whole, so that the data are the same whether they are kept or not
+            sizes = piece_sizes(missing, SHARD, kept=folder is not None or wanted > SHARD)
             for arrays in build_shards(make, sizes, folder=folder, facts=facts, processes=processes, first=pieces):
                 ends = arrays["lengths"].cumsum()
                 text = arrays["ids"].tobytes()

@@ -84,12 +84,28 @@ def draw_tree(rng: random.Random, settings: ListOpsSettings) -> tuple[list[int],
             return ids, value
 
 
-def accepted_trees(rng: random.Random, settings: ListOpsSettings) -> Iterator[tuple[list[int], int]]:
-    """Ids and values of the trees whose length is between the bounds, in the order in which they are drawn; repeats occur."""
-    while True:
+def accepted_trees(rng: random.Random, settings: ListOpsSettings, patience: int = 200_000) -> Iterator[tuple[list[int], int]]:
+    """Ids and values of the trees whose length is between the bounds, in the order in which they are drawn; repeats occur.
+
+    Args:
+        rng: the stream.
+        settings: the bounds.
+        patience: draws in a row that may be of other lengths.
+
+    Raises:
+        ValueError: if more are.
+    """
+    rejected = 0
+    while rejected <= patience:
         ids, value = draw_tree(rng, settings)
+        rejected += 1
         if settings.min_length < len(ids) < settings.max_length:
+            rejected = 0
             yield ids, value
+    raise ValueError(
+        f"min_length, max_length: expected lengths that trees have, got {settings.min_length} and {settings.max_length}, "
+        f"and none between them in {patience} draws"
+    )
 
 
 def source_text(ids: Sequence[int]) -> str:
