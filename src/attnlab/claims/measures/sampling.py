@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from attnlab.claims.cells import Cells
 from attnlab.claims.quantity import Measured, over
 from attnlab.core.masks import Masks
 from attnlab.mixers.sparse.hyper_attention import HyperAttention
+from attnlab.ops.attention import attention_map
 
 
 def clustered(
@@ -83,7 +83,7 @@ def relative_errors(
 ) -> list[float]:
     """For each number of keys in a block and of samples the relative error of a head."""
     head_dim = q.shape[-1]
-    weights = (q @ k.mT / math.sqrt(head_dim)).softmax(-1)[0, 0]
+    weights = attention_map(q, k)[0, 0]
     exact, size = weights @ v[0, 0], spectral_norm(weights) * spectral_norm(v[0, 0])
     found = []
     for block, count in choices:
