@@ -23,6 +23,7 @@ from attnlab.cli.describe import cost_text, example, find
 from attnlab.core.registry import all_registries
 from attnlab.papers import papers
 from attnlab.papers.coverage import coverage
+from attnlab.tasks.files import MissingDataError
 
 KINDS = tuple(all_registries())
 
@@ -92,7 +93,10 @@ def test_everything_that_is_registered_can_be_explained(kind, name):
         assert f" {option['name']} " in text
         assert option["description"], f"{name} does not say what {option['name']} is"
     assert (data["paper"] or {}).get("slug") == entry.info.paper
-    if "..." not in data["example"]:
+    if getattr(entry.factory, "source", ""):
+        with pytest.raises(MissingDataError, match="ATTNLAB_DATA"):
+            eval(data["example"], {"attnlab": attnlab})
+    elif "..." not in data["example"]:
         assert eval(data["example"], {"attnlab": attnlab}) is not None
 
 

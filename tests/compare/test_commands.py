@@ -45,8 +45,8 @@ def test_compare_and_report(tmp_path):
     assert "one seed tells no two mechanisms apart" in " ".join(done.stdout.split())  # however the terminal wraps it
     again = run("compare", "--suite", suite, "--out", out, "--json")
     found = json.loads(again.stdout)
-    assert found["ok"] and found["counts"]["finished"] == 7 and found["control"][0]["holds"] is True
-    assert "7 of 7 cells were finished before" in again.stderr
+    assert found["ok"] and found["counts"]["finished"] == 8 and found["control"][0]["holds"] is True
+    assert "8 of 8 cells were finished before" in again.stderr
     other = run("report", out, "--out", tmp_path / "other", "--json")
     assert other.exit_code == 0 and json.loads(other.stdout)["scores"] == found["scores"]
     assert (tmp_path / "other" / "report.html").exists()

@@ -148,7 +148,7 @@ def test_two_runs_share_a_ledger(tmp_path):
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     with Ledger(tmp_path / LEDGER) as ledger:
         counts = collections.Counter(event["kind"] for event in ledger.events())
-    assert counts == {"claimed": 36, "finished": 36}
+    assert counts == {"claimed": 42, "finished": 42}
 
 
 def test_a_run_reports_itself_when_another_has_just_begun(tmp_path, monkeypatch):

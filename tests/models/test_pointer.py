@@ -85,13 +85,13 @@ def test_bad_input(model):
         greedy_answers(model, points, 3, fixed_length=True)
     with pytest.raises(ValueError, match="num_steps, fixed_length"):
         greedy_answers(model, points, 0)
-    with pytest.raises(ValueError, match="context_mask"):
+    with pytest.raises((ValueError, TypeError), match="context_mask"):  # a TypeError where annotations are checked
         model(answers, context=points, context_mask=torch.ones(3, 5, dtype=torch.bool))
     with pytest.raises(UnsupportedError):
-        create_model("pointer", input_dim=2, dim=16, depth=1, mixer="maxvit", num_heads=2)
+        create_model("pointer", input_dim=2, dim=16, depth=1, mixer="multi_axis", num_heads=2)
 
 
-@pytest.mark.parametrize("mixer", ["delta_net", "mamba", "performer", "agent"])
+@pytest.mark.parametrize("mixer", ["delta_net", "mamba", "linear", "agent"])
 def test_any_mixer_encodes(mixer):
     model = create_model("pointer", input_dim=2, dim=16, depth=1, mixer=mixer, max_length=6, num_heads=2)
     points, answers = example()

@@ -138,7 +138,7 @@ def test_pathfinder_is_read_as_pixels_or_patches():
 def test_pathfinder_without_pillow_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "PIL.Image", None)
     with pytest.raises(ImportError, match=r'pip install "attnlab\[images\]"'):
-        create_task("pathfinder", **IMAGES)
+        create_task("pathfinder", **IMAGES).fingerprint()
 
 
 def test_bytes_are_cut_and_padded():

@@ -17,7 +17,7 @@ def find_data(task: str, path: str | os.PathLike[str] | None, files: tuple[str, 
     """The folder with a task's files.
 
     Args:
-        task: name of the task; without ``path``, the folder is ``$ATTNLAB_DATA/task``.
+        task: name of the task; without ``path``, it is looked for in the folder that ATTNLAB_DATA names.
         path: the folder, or None.
         files: what must be in it.
         source: where the data are published, for the message.

@@ -7,7 +7,7 @@ import os
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -97,19 +97,25 @@ class Pathfinder(FixedSplits):
         own: dict[str, Any] = {"contour_length": contour_length, "num_distractors": num_distractors}
         self.settings = replace(PATHFINDER[size], **{name: value for name, value in own.items() if value is not None})
         self.size, self.patch = size, patch
+        self.seed, self.folder, self.processes = seed, None if path is None else Path(path), processes
         total = train_examples + 2 * eval_examples
-        pieces = build_shards(
-            partial(pathfinder_shard, settings=self.settings, seed=seed),
-            piece_sizes(total, SHARD, kept=path is not None),
-            folder=None if path is None else Path(path),
-            facts={"task": "pathfinder", "seed": seed, "shard": SHARD, **asdict(self.settings)},
-            processes=processes,
-        )
-        self._images = torch.from_numpy(np.concatenate([piece["images"] for piece in pieces])[:total])
-        self._labels = torch.from_numpy(np.concatenate([piece["labels"] for piece in pieces])[:total]).long()
         ends = {"train": train_examples, "valid": train_examples + eval_examples, "test": total}
         self._starts = {"train": 0, "valid": ends["train"], "test": ends["valid"]}
         self._ends = ends
+
+    @cached_property
+    def _drawn(self) -> tuple[UInt8[Tensor, "n s s"], Int[Tensor, "n"]]:
+        """Images and labels of all splits, drawn or read when they are first asked for."""
+        total = self._ends["test"]
+        pieces = build_shards(
+            partial(pathfinder_shard, settings=self.settings, seed=self.seed),
+            piece_sizes(total, SHARD, kept=self.folder is not None),
+            folder=self.folder,
+            facts={"task": "pathfinder", "seed": self.seed, "shard": SHARD, **asdict(self.settings)},
+            processes=self.processes,
+        )
+        images, labels = (np.concatenate([piece[name] for piece in pieces])[:total] for name in ("images", "labels"))
+        return torch.from_numpy(images), torch.from_numpy(labels).long()
 
     @property
     def model_options(self) -> Mapping[str, Any]:
@@ -126,11 +132,11 @@ class Pathfinder(FixedSplits):
 
     def images(self, part: Part) -> UInt8[Tensor, "n s s"]:
         """All images of a split."""
-        return self._images[self._starts[part] : self._ends[part]]
+        return self._drawn[0][self._starts[part] : self._ends[part]]
 
     def labels(self, part: Part) -> Int[Tensor, "n"]:
         """1 where both markers are on one contour."""
-        return self._labels[self._starts[part] : self._ends[part]]
+        return self._drawn[1][self._starts[part] : self._ends[part]]
 
     def batch(self, part: Part, rows: Int[Tensor, "b"]) -> Batch:
         """Images and labels."""
@@ -152,7 +158,7 @@ class Pathfinder(FixedSplits):
     def fingerprint(self) -> str:
         """Hash of all images and labels in order, and of how they are read."""
         digest = hashlib.sha256(f"pathfinder {self.patch} {self._ends}".encode())
-        digest.update(self._images.numpy().tobytes() + self._labels.numpy().tobytes())
+        digest.update(b"".join(part.numpy().tobytes() for part in self._drawn))
         return digest.hexdigest()
 
 

@@ -43,7 +43,7 @@ class CifarPixels(FixedSplits):
     are pickles, and no file of yours is unpickled here: a pickle runs what it likes.
 
     Args:
-        path: the folder; by default ``$ATTNLAB_DATA/cifar_pixels``.
+        path: the folder; by default cifar_pixels in the folder that the variable ATTNLAB_DATA names.
 
     Raises:
         MissingDataError: if neither form of the data is there; says so where the pickles are.

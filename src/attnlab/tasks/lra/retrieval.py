@@ -31,7 +31,7 @@ class DocumentMatching(FixedSplits):
     when they are asked for.
 
     Args:
-        path: the folder of the published files; by default ``$ATTNLAB_DATA/lra_retrieval``.
+        path: the folder of the published files; by default lra_retrieval in the folder that the variable ATTNLAB_DATA names.
         max_length: bytes of each text that are read, padded to.
 
     Raises:

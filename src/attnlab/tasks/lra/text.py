@@ -29,7 +29,8 @@ class ByteText(FixedSplits):
     other texts of two classes in the same folders will do.
 
     Args:
-        path: the folder ``aclImdb`` with train/neg, train/pos, test/neg and test/pos; by default ``$ATTNLAB_DATA/lra_text``.
+        path: the folder ``aclImdb`` with train/neg, train/pos, test/neg and test/pos; by default
+            lra_text in the folder that the variable ATTNLAB_DATA names.
         max_length: bytes that are read, padded to: 1000 in the published code, 4000 in the paper's table.
         held_out: share of the training texts that validate instead of the test texts, chosen by a hash of their names.
 
