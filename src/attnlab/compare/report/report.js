@@ -76,6 +76,13 @@ const headings = [...document.querySelectorAll(".sortable thead th")].map((headi
   sign: heading.dataset.first === "descending" ? 1 : -1,
 }));
 const rowOf = (name) => document.querySelector(`.sortable tr[data-mixer="${CSS.escape(name)}"]`);
+// Ranks such as 1–4 and 3–9 overlap: the tests cannot tell these two; what has no rank is a plain number.
+const ranksApart = (...texts) => {
+  const ranks = texts.map((text) => text.match(/rank (\d+)(?:–(\d+))?/)).filter(Boolean);
+  if (ranks.length < 2) return true;
+  const [[p, q], [r, s]] = ranks.map((found) => [Number(found[1]), Number(found[2] ?? found[1])]);
+  return q < r || s < p;
+};
 const fillPair = () => {
   const names = [...new FormData(pair).values()];
   const table = document.querySelector("table.pair");
@@ -86,7 +93,8 @@ const fillPair = () => {
     head.append(Object.assign(document.createElement("small"), { textContent: note }));
     const cells = names.map((name) => rowOf(name).children[index + 1].cloneNode(true));
     const [a, b] = cells.map((cell) => (cell.dataset.sort ? Number(cell.dataset.sort) : NaN));
-    cells.forEach((cell, side) => { cell.className = (side ? b - a : a - b) * sign > 0 ? "better" : ""; });
+    const told = ranksApart(...cells.map((cell) => cell.textContent));
+    cells.forEach((cell, side) => { cell.className = told && (side ? b - a : a - b) * sign > 0 ? "better" : ""; });
     row.append(head, ...cells);
     return row;
   }));
