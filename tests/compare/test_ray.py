@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -99,15 +100,20 @@ def cluster():
 
 def ray_workers():
     """Processes that Ray runs tasks of cells in."""
-    return [process.pid for process in psutil.Process().children(recursive=True) if process.name().startswith("ray::work")]
+    found = []
+    with suppress(psutil.Error):  # processes may end while they are asked
+        for process in psutil.Process().children(recursive=True):
+            found += [process.pid] if process.name().startswith("ray::work") else []
+    return found
 
 
 def kill_when(condition, stop, killed):
     while not stop.is_set():
         if condition() and (workers := ray_workers()):
-            os.kill(workers[0], signal.SIGKILL)
-            killed.append(workers[0])
-            return
+            with suppress(ProcessLookupError):
+                os.kill(workers[0], signal.SIGKILL)
+                killed.append(workers[0])
+                return
         time.sleep(0.005)
 
 
@@ -132,8 +138,9 @@ def test_a_cell_that_kills_its_worker_fails_in_the_end(tmp_path, cluster):
 
     def kill_all():
         while not stop.wait(0.002):
-            for worker in ray_workers():
-                os.kill(worker, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                for worker in ray_workers():
+                    os.kill(worker, signal.SIGKILL)
 
     killer = threading.Thread(target=kill_all)
     killer.start()
